@@ -1,0 +1,128 @@
+"""vLLM's asynchronous engine behind a few calls: the one place that knows its API (0.32)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from rlsys.config import ActorsConfig
+from rlsys.errors import ActorError
+from rlsys.types import Completion
+from rlsys.weights import GLOO_BACKEND, NCCL_BACKEND, WeightGroup, WeightPlan
+
+
+class VllmEngine:
+    """One engine with its own worker processes; many generations run in it at once."""
+
+    def __init__(self, *, model_path: str, config: ActorsConfig, seed: int) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+        # Two engines on one machine must not both bind their thread to the first core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.backend = NCCL_BACKEND if config.gpus else GLOO_BACKEND
+        self._gloo_seconds = config.sync_seconds
+        self._ids = itertools.count()
+        options: dict[str, Any] = {
+            "model": model_path,
+            "dtype": config.dtype,
+            "seed": seed,
+            "max_model_len": config.max_model_tokens,
+            "max_num_seqs": config.max_rollouts,
+            "enable_prefix_caching": True,
+            "enforce_eager": not config.gpus,
+            "tensor_parallel_size": max(1, int(config.gpus)),
+            "logprobs_mode": "processed_logprobs",
+            "weight_transfer_config": WeightTransferConfig(backend=self.backend),
+            "worker_extension_cls": "rlsys.actors.weights.WorkerExtension",
+            "disable_log_stats": True,
+            **config.engine_options,
+        }
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+
+    async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
+        """Continue `prompt`; every token comes with its log-prob and the version of the weights that wrote it."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        stop = list(sampling["stop"])
+        parameters = SamplingParams(
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            max_tokens=sampling["max_tokens"],
+            ignore_eos=bool(sampling.get("ignore_eos", False)),
+            stop=stop or None,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for output in self._llm.generate(
+            {"prompt_token_ids": list(prompt)}, parameters, request_id=str(next(self._ids))
+        ):
+            final = output
+        assert final is not None
+        return _to_completion(final.outputs[0])
+
+    async def pause(self) -> None:
+        """Freeze what is being generated and forget cached prefixes, which belong to the old weights."""
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+
+    async def resume(self, version: int) -> None:
+        """Go on; from here every token is marked with `version`."""
+        await self._llm.update_weight_version(str(version))
+        await self._llm.resume_generation()
+
+    async def open_weights(self, group: WeightGroup, *, rank: int) -> None:
+        """Meet the learner at `group`; this engine's first worker has `rank`."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {**asdict(group), "rank_offset": rank}
+        info |= {"seconds": self._gloo_seconds} if self.backend == GLOO_BACKEND else {"packed": True}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def receive_weights(self, plan: WeightPlan) -> dict[str, int]:
+        """Receive and load one full set of weights (the engine must be paused); returns checksums of what arrived."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=asdict(plan)))
+        await self._llm.finish_weight_update()
+        workers = await self._llm.collective_rpc("received_checksums")
+        if any(worker != workers[0] for worker in workers[1:]):
+            raise ActorError("the workers of one engine received different weights")
+        return dict(workers[0])
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+
+def _to_completion(output: Any) -> Completion:
+    if output.finish_reason == "abort":
+        raise ActorError("the engine gave up a request; its log says why")
+    tokens = np.array(output.token_ids, dtype=np.int32)
+    logprobs = np.array(
+        [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)], dtype=np.float32
+    )
+    versions = np.full(len(tokens), -1, dtype=np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = int(span.version)
+    stopped_by_text = isinstance(output.stop_reason, str)
+    finish = "length" if output.finish_reason == "length" else "stop_string" if stopped_by_text else "stop"
+    return Completion(
+        tokens=tokens,
+        logprobs=logprobs,
+        versions=versions,
+        text=output.text,
+        finish_reason=finish,  # type: ignore[arg-type]
+    )

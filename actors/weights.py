@@ -1,0 +1,144 @@
+"""The engine's end of the weight transfer, registered with vLLM through its `vllm.general_plugins` entry point.
+
+Runs inside vLLM's worker process. Both engines are vLLM's lifecycle with one addition: what was received is summed up
+before it is loaded, so that the driver can compare it with what was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlsys.weights import GLOO_BACKEND, NCCL_BACKEND, WeightGroup, broadcast, checksum, join_gloo_group
+
+
+def register() -> None:
+    """Make both back ends known to vLLM; called in every process that vLLM starts, perhaps more than once."""
+    for name, engine in ((GLOO_BACKEND, GlooWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, engine)
+
+
+class _SummingModel:
+    """Stands in for the model while weights arrive: sums up each tensor, then hands it on."""
+
+    def __init__(self, model: torch.nn.Module, received: dict[str, int]) -> None:
+        self._model = model
+        self._received = received
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        pairs = list(weights)
+        for name, tensor in pairs:
+            self._received[name] = checksum(tensor)
+        return self._model.load_weights(pairs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where the group meets and which rank this engine's first worker has."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    seconds: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """The plan: names, number formats and shapes in the order of sending."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Receives weights over gloo, one broadcast for each tensor."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    received: dict[str, int]
+    _group: torch.distributed.ProcessGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join the group of the learner."""
+        self.shutdown()
+        rank = init_info.rank_offset + self.parallel_config.rank
+        group = WeightGroup(
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            world_size=init_info.world_size,
+        )
+        self._group = join_gloo_group(group, rank=rank, seconds=init_info.seconds)
+
+    def start_weight_update(self) -> None:
+        """Undo the layouts that loading made (CPU linear layers are repacked), so that plain weights fit again."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receive, sum up and load every tensor of the plan."""
+        assert self._group is not None, "init_transfer_engine comes first"
+        self.received = {}
+        model = _SummingModel(self.model, self.received)
+        for name, dtype_name, shape in zip(
+            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+        ):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))
+            broadcast(tensor, self._group)
+            model.load_weights([(name, tensor.to(self.device))])
+
+    def finish_weight_update(self) -> None:
+        """Make the layouts anew."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+
+class ProvedNcclEngine(NCCLWeightTransferEngine):
+    """vLLM's packed NCCL broadcast, with checksums of what arrived."""
+
+    received: dict[str, int]
+
+    def receive_weights(self, update_info: Any) -> None:
+        """As the parent does, summing up each tensor on its way into the model."""
+        self.received = {}
+        model = self.model
+        self.model = _SummingModel(model, self.received)  # type: ignore[assignment]
+        try:
+            super().receive_weights(update_info)
+        finally:
+            self.model = model
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker, for `collective_rpc`. Importing this module registers the back ends too, where
+    rlsys was not installed but only put on the path, as by a Ray job's working directory."""
+
+    weight_transfer_engine: Any
+
+    def received_checksums(self) -> dict[str, int]:
+        """Checksum of every tensor of the last update."""
+        return dict(self.weight_transfer_engine.received)
+
+
+register()

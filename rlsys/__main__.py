@@ -1,0 +1,5 @@
+"""`python -m rlsys` is the `rlsys` command."""
+
+from rlsys.cli import main
+
+main()

@@ -1,0 +1,167 @@
+"""Between messages and tokens: a problem is rendered once; after that a rollout is token ids, only ever appended to.
+
+Two ways of calling a tool are understood. *fenced*: a ```python block inside the answer, its output pasted behind it
+(STILL-3, arXiv 2503.04548). *template*: `<tool_call>` JSON at the end of a turn, tools and results rendered by the model's
+own chat template. A call that cannot be understood is answered with a text that says so; it never raises.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlsys.config import ChatConfig
+from rlsys.errors import ConfigError
+from rlsys.interfaces import Tool, ToolResult
+from rlsys.types import Problem
+
+_FENCE_CLOSE = "\n```\n"
+_FENCED_CODE = re.compile(r"```python\n(?P<code>(?:(?!```).)*)\n```\n?\Z", re.DOTALL)
+_TEMPLATE_CALL = re.compile(r"<tool_call>(?P<body>.*?)</tool_call>", re.DOTALL)
+_TURN_MARK, _RESULT_MARK = "ASSISTANT-TURN-MARK", "TOOL-RESULT-MARK"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """What the policy asked for; `error` says why it cannot be done, to be read by the policy."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    error: str | None = None
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"no tokenizer in {path!r} ({first}); save one there with tokenizer.save_pretrained") from error
+
+
+class Chat:
+    """The chat of one model: its tokenizer, its template, and the tools that it may call."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tools: Sequence[Tool],
+        *,
+        tool_format: str = "fenced",
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add one to its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.tools = {tool.name: tool for tool in tools}
+        self._fenced = tool_format == "fenced"
+        self._template_options = dict(template_options or {})
+        self._between = ("", "") if self._fenced or not tools else self._text_around_result()
+
+    @classmethod
+    def load(cls, model_path: str, tools: Sequence[Tool], config: ChatConfig) -> Chat:
+        """The chat of the model in this folder."""
+        return cls(
+            load_tokenizer(model_path),
+            tools,
+            tool_format=config.tool_format,
+            template_options=config.template_options,
+        )
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts at which the engine must stop for a tool."""
+        return [_FENCE_CLOSE] if self._fenced and self.tools else []
+
+    def render(self, problem: Problem) -> list[int]:
+        """The prompt as token ids, up to where the assistant begins."""
+        text = self._render([dict(message) for message in problem.prompt])
+        return self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, nothing added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens, without the end-of-turn mark."""
+        kept = [token for token in tokens if token != self.tokenizer.eos_token_id]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+    def parse_calls(self, text: str, *, turn_ended: bool) -> list[ToolCall]:
+        """The tool calls at the end of what the policy wrote in this turn; none where it did not call."""
+        if not self.tools:
+            return []
+        if self._fenced:
+            match = None if turn_ended else _FENCED_CODE.search(text)
+            return [] if match is None else [self._checked("python", {"code": match["code"]})]
+        if not turn_ended:
+            return []
+        return [self._parse_json(match["body"]) for match in _TEMPLATE_CALL.finditer(text)]
+
+    def render_results(self, results: Sequence[ToolResult]) -> list[int]:
+        """Token ids to append after a call, so that the policy reads the results and goes on."""
+        if self._fenced:
+            # A fence inside the output would end the block early and could pose as the policy's own call.
+            text = "".join("```output\n" + result.text.replace("```", "'''") + _FENCE_CLOSE for result in results)
+            return self.encode(text)
+        before, after = self._between
+        return self.encode(before + "\n".join(result.text for result in results) + after)
+
+    def _checked(self, name: str, arguments: Mapping[str, Any]) -> ToolCall:
+        if name not in self.tools:
+            known = ", ".join(self.tools)
+            return ToolCall(name=name, arguments=arguments, error=f"There is no tool {name!r}. Tools: {known}.")
+        return ToolCall(name=name, arguments=arguments)
+
+    def _parse_json(self, body: str) -> ToolCall:
+        shape = '{"name": ..., "arguments": {...}}'
+        try:
+            call = json.loads(body)
+        except ValueError as error:
+            return ToolCall(name="", arguments={}, error=f"The tool call is not valid JSON ({error}). Write {shape}.")
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return ToolCall(name="", arguments={}, error=f"The tool call has no name. Write {shape}.")
+        arguments = call.get("arguments", {})
+        if not isinstance(arguments, dict):
+            return ToolCall(name=call["name"], arguments={}, error=f"`arguments` must be an object. Write {shape}.")
+        return self._checked(call["name"], arguments)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        options = dict(self._template_options)
+        if self.tools and not self._fenced:
+            options["tools"] = [
+                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
+                for t in self.tools.values()
+            ]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return str(text)
+
+    def _text_around_result(self) -> tuple[str, str]:
+        """What the template writes between the end of a turn and a tool result, and after it."""
+        call = {"type": "function", "function": {"name": next(iter(self.tools)), "arguments": {}}}
+        text = self._render(
+            [
+                {"role": "user", "content": "question"},
+                {"role": "assistant", "content": _TURN_MARK, "tool_calls": [call]},
+                {"role": "tool", "name": next(iter(self.tools)), "content": _RESULT_MARK},
+            ]
+        )
+        turn, mark, after = text.partition(_RESULT_MARK)
+        end_of_turn = self.tokenizer.eos_token
+        position = turn.find(end_of_turn, turn.find(_TURN_MARK))
+        if not mark or _TURN_MARK not in turn or position < 0:
+            raise ConfigError(
+                "the chat template does not render tool results; use chat.tool_format=fenced or another template"
+            )
+        return turn[position + len(end_of_turn) :], after

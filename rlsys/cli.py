@@ -1,0 +1,116 @@
+"""The `rlsys` command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from rlsys.config import Config, flatten, load_config, origins
+from rlsys.errors import RlsysError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Reinforcement learning for reasoning models that call tools: Ray actors roll out with vLLM, a learner group trains.
+
+**Start here:** `rlsys train configs/quickstart.yaml` trains a small model on this machine, without a GPU.
+
+Any setting can be changed on the command line: `rlsys train configs/quickstart.yaml rl.steps=10 actors.count=1`.
+`rlsys config CONFIG` shows all of them, and where each value comes from.
+
+A run writes `metrics.jsonl`, TensorBoard files, every rollout as Parquet, checkpoints, `curves.png`, `summary.json` and a
+`model` folder that transformers and vLLM load.
+""",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value ...", show_default=False)]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; an earlier run is kept beside it.")] = False,
+) -> None:
+    """Run the stages of CONFIG: supervised fine-tuning, reinforcement learning, evaluation."""
+    from rlsys.run import train as run_training
+
+    run_training(load_config(config, overrides or []), resume=resume, fresh=fresh)
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Model folder; by default what the run of CONFIG left.")] = None,
+) -> None:
+    """Measure a model on the held-out problems of CONFIG."""
+    from rlsys.run import train as run_training
+
+    loaded = load_config(config, overrides or [])
+    run_training(_for_evaluation(loaded, model), fresh=True)
+
+
+def _for_evaluation(config: Config, model: str | None) -> Config:
+    """The same configuration with evaluation as its only stage, in a folder of its own."""
+    left = Path(config.run_dir) / "model"
+    path = model or (str(left) if left.exists() else config.model.path)
+    if path is not None:
+        config = replace(config, model=replace(config.model, path=path, scratch=None))
+    return replace(config, stages=["eval"], run_dir=f"{config.run_dir}-eval")
+
+
+@app.command("config")
+def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved CONFIG, and where each value comes from."""
+    loaded = load_config(config, overrides or [])
+    known = origins(config, overrides or [])
+    table = Table("key", "value", "from", box=None, pad_edge=False)
+    for key, value in flatten(loaded).items():
+        origin = known.get(key, "default")
+        table.add_row(key, str(value), origin, style="dim" if origin == "default" else None)
+    RichConsole().print(table)
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="Address of the cluster's job server.")] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
+) -> None:
+    """Run `rlsys train CONFIG` as a Ray job, with this folder as its working directory."""
+    from rlsys.jobs import submit_job
+
+    load_config(config, overrides or [])  # an error costs nothing here
+    raise typer.Exit(submit_job([str(config), *(overrides or [])], address=address, wait=wait))
+
+
+def main() -> None:
+    """Run the command; what the user can put right is one message, not a traceback."""
+    from rlsys.stages import Interrupted
+
+    try:
+        app()
+    except RlsysError as error:
+        RichConsole(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except Interrupted as stopped:
+        RichConsole(stderr=True).print(f"stopped at {stopped}; go on with --resume")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

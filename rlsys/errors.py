@@ -1,0 +1,36 @@
+"""Errors that a user is meant to read: one message that names the value, the place and the fix.
+
+The command line prints these without a traceback. Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class RlsysError(Exception):
+    """Something that the user can put right."""
+
+
+class ConfigError(RlsysError):
+    """A configuration that cannot mean anything: a misspelt key, a wrong type, two settings that exclude each other."""
+
+
+class DataError(RlsysError):
+    """A data file that is missing, malformed or lacks what the run needs."""
+
+
+class ResourceError(RlsysError):
+    """The cluster does not have what the configuration asks for."""
+
+
+class CheckpointError(RlsysError):
+    """There is nothing valid to resume from, or a checkpoint does not fit the run."""
+
+
+class ActorError(RlsysError):
+    """An actor died, hung past its deadline, or raised; the message names the actor and the cause."""
+
+
+class WeightSyncError(RlsysError):
+    """An engine does not hold the weights that the learner sent; the message names the engine and the tensor."""
+
+
+class TrainingStalledError(RlsysError):
+    """Training cannot go on: there is nothing to learn from, or no finite gradient."""

@@ -1,0 +1,227 @@
+"""The driver's view of the two groups of actors: rollout actors and learner ranks, and weights going between them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsys import cluster
+from rlsys.cluster import Actor, Demand
+from rlsys.config import Config, OptimizerConfig, SamplingConfig
+from rlsys.errors import TrainingStalledError, WeightSyncError
+from rlsys.packing import shard
+from rlsys.plugins import resolve
+from rlsys.types import Problem, RolloutGroup, TrainBatch
+from rlsys.weights import WeightGroup, WeightPlan, verify
+
+
+def rollout_demand(config: Config) -> Demand:
+    """What the rollout actors take from the cluster."""
+    actors = config.actors
+    return Demand(
+        what="rollout actor", count=actors.count, cpus=actors.cpus, gpus=actors.gpus, resources=actors.resources
+    )
+
+
+def learner_demand(config: Config) -> Demand:
+    """What the learner ranks take from the cluster."""
+    learners = config.learners
+    return Demand(
+        what="learner rank", count=learners.count, cpus=learners.cpus, gpus=learners.gpus, resources=learners.resources
+    )
+
+
+class RolloutFleet:
+    """The rollout actors. Each problem goes to the one that carries the fewest."""
+
+    def __init__(self, actors: list[Actor], backend: str) -> None:
+        self.actors = actors
+        self.backend = backend
+        self._load = [0] * len(actors)
+
+    @classmethod
+    async def start(cls, config: Config, model_path: str) -> RolloutFleet:
+        """Place the actors and start their engines, side by side."""
+        demand = rollout_demand(config)
+        actor_class = resolve(config.actors.use, place="actors.use")
+        arguments = [{"config": config, "model_path": model_path, "index": index} for index in range(demand.count)]
+        actors = cluster.place(
+            actor_class, demand, arguments, call_seconds=config.cluster.call_seconds, concurrency=4096
+        )
+        started = await asyncio.gather(*(actor.call("start", seconds=config.actors.start_seconds) for actor in actors))
+        return cls(actors, started[0])
+
+    async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
+        """Roll out one problem on the least loaded actor."""
+        index = self._load.index(min(self._load))
+        self._load[index] += 1
+        try:
+            group = await self.actors[index].call("act", problem, size=size, sampling=sampling, group_id=group_id)
+            assert isinstance(group, RolloutGroup)
+            return group
+        finally:
+            self._load[index] -= 1
+
+    async def call_all(self, method: str, *args: Any, seconds: float, **kwargs: Any) -> list[Any]:
+        """Call every actor side by side."""
+        return list(await asyncio.gather(*(a.call(method, *args, seconds=seconds, **kwargs) for a in self.actors)))
+
+    async def close(self) -> None:
+        """End all actors, politely first, because their engines have processes of their own."""
+        await _close_all(self.actors)
+
+
+class LearnerGroup:
+    """The learner ranks as one learner."""
+
+    def __init__(self, ranks: list[Actor], plan: WeightPlan, config: Config) -> None:
+        self._ranks = ranks
+        self._config = config
+        self.plan = plan
+
+    @classmethod
+    async def start(
+        cls,
+        config: Config,
+        model_path: str,
+        *,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        loss: str,
+        with_reference: bool = False,
+    ) -> LearnerGroup:
+        """Place the ranks, load the model on all of them, let them meet."""
+        demand = learner_demand(config)
+        learner_class = resolve(config.learners.use, place="learners.use")
+        arguments = [
+            {"model_path": model_path, "config": config.learners, "rank": rank, "world_size": demand.count}
+            for rank in range(demand.count)
+        ]
+        ranks = cluster.place(learner_class, demand, arguments, call_seconds=config.cluster.call_seconds)
+        seconds = config.learners.start_seconds
+        master = await ranks[0].call("rendezvous", seconds=seconds)
+        keywords = {
+            "master": master,
+            "optimizer": optimizer,
+            "total_steps": total_steps,
+            "loss": resolve(loss, place="loss"),
+            "with_reference": with_reference,
+            "seconds": seconds,
+        }
+        plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
+        return cls(ranks, plans[0], config)
+
+    async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: float) -> dict[str, float]:
+        """One optimizer step; returns means over trained tokens, the gradient norm and the seconds it took."""
+        budget = self._config.learners.max_tokens_per_micro_batch
+        shares = shard(batch, num_ranks=len(self._ranks), max_tokens=budget)
+        results = await asyncio.gather(
+            *(
+                rank.call(
+                    "step", cluster.put(share), num_tokens=batch.num_tokens, temperature=temperature, **loss_options
+                )
+                for rank, share in zip(self._ranks, shares, strict=True)
+            )
+        )
+        return _merge(results, batch.num_tokens)
+
+    async def open_weights(self, fleet: RolloutFleet) -> None:
+        """Let learner and engines meet for weight transfers."""
+        seconds = self._config.actors.sync_seconds
+        address, port = await self._ranks[0].call("rendezvous")
+        # A tensor-parallel engine has several workers; each is a rank of the group.
+        workers = max(1, int(self._config.actors.gpus))
+        group = WeightGroup(
+            master_address=address, master_port=port, world_size=1 + workers * len(fleet.actors)
+        )
+        await asyncio.gather(
+            *(rank.call("open_weights", group, backend=fleet.backend, seconds=seconds) for rank in self._ranks),
+            *(
+                actor.call("open_weights", group, rank=1 + workers * index, seconds=seconds)
+                for index, actor in enumerate(fleet.actors)
+            ),
+        )
+
+    async def publish(self, fleet: RolloutFleet, version: int) -> dict[str, float]:
+        """Give every engine the current weights and prove that they arrived; then they are `version`.
+
+        Generation is frozen, not aborted. On any disagreement the engines stay frozen.
+
+        Raises:
+            WeightSyncError: names the engine and the tensor.
+        """
+        seconds = self._config.actors.sync_seconds
+        started = time.perf_counter()
+        await fleet.call_all("pause", seconds=seconds)
+        paused = time.perf_counter()
+        sending = asyncio.gather(*(rank.call("send_weights", seconds=seconds) for rank in self._ranks))
+        receiving = fleet.call_all("receive_weights", self.plan, seconds=seconds)
+        sent, received = await asyncio.gather(sending, receiving)
+        if sent[0].keys() != set(self.plan.names):
+            raise WeightSyncError("the learner did not send all tensors of its plan")
+        verify(sent[0], {actor.name: sums for actor, sums in zip(fleet.actors, received, strict=True)}, version=version)
+        moved = time.perf_counter()
+        await fleet.call_all("resume", version, seconds=seconds)
+        ended = time.perf_counter()
+        return {"pause": paused - started, "transfer": moved - paused, "total": ended - started}
+
+    async def save(self, folder: Path) -> None:
+        """Write all shards into `folder`."""
+        await self._call_all("save", str(folder))
+
+    async def load(self, folder: Path) -> None:
+        """Read the shards in `folder`."""
+        await self._call_all("load", str(folder))
+
+    async def export(self, folder: Path) -> None:
+        """Write a `save_pretrained` folder."""
+        await self._call_all("export", str(folder))
+
+    async def _call_all(self, method: str, *args: Any) -> None:
+        await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks))
+
+    async def close(self) -> None:
+        """End all ranks."""
+        await _close_all(self._ranks)
+
+
+def _merge(results: Iterable[Mapping[str, float]], num_tokens: int) -> dict[str, float]:
+    """Sums become means over trained tokens, maxima stay maxima, shared numbers come from the first rank."""
+    sums: dict[str, float] = defaultdict(float)
+    merged: dict[str, float] = {}
+    for result in results:
+        for name, value in result.items():
+            if name.startswith("sum/"):
+                sums[name.removeprefix("sum/")] += value
+            elif name.startswith("max/"):
+                key = f"{name.removeprefix('max/')}_max"
+                merged[key] = max(merged.get(key, value), value)
+            else:
+                merged.setdefault(name, value)
+    merged["tokens"] = sums.pop("tokens")
+    merged["trained_tokens"] = sums.pop("trained_tokens")
+    merged.update({name: value / num_tokens for name, value in sums.items()})
+    return merged
+
+
+def check_finite(metrics: Mapping[str, float], limit: int) -> None:
+    """Stop a run whose gradients are no longer finite.
+
+    Raises:
+        TrainingStalledError: `limit` steps in a row were skipped.
+    """
+    if metrics["skipped_in_a_row"] >= limit:
+        raise TrainingStalledError(
+            f"{limit} steps in a row had no finite gradient; lower the learning rate (optimizer.lr) or look at the "
+            "rewards of the last batches in the run's rollouts folder"
+        )
+
+
+async def _close_all(actors: list[Actor]) -> None:
+    await asyncio.gather(*(actor.call("close", seconds=10.0) for actor in actors), return_exceptions=True)
+    for actor in actors:
+        actor.kill()

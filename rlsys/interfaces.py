@@ -1,0 +1,60 @@
+"""What a plug-in must look like. Any class of this shape works; nothing has to be inherited or registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rlsys.types import Completion, Problem, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardResult:
+    """A score with how it came about: `status` is counted per batch, `terms` are logged one by one."""
+
+    score: float
+    status: str = "ok"
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Grades one rollout. A plain function `(problem, response) -> float` is accepted in its place.
+
+    `response` is the text that the policy itself wrote (no prompt, no tool output).
+    """
+
+    async def score(self, problem: Problem, response: str, rollout: Rollout) -> float | RewardResult: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What the policy reads back. A failure is text as well: the policy may correct itself."""
+
+    text: str
+    ok: bool = True
+    seconds: float = 0.0
+
+
+class Session(Protocol):
+    """One rollout's use of a tool."""
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult: ...
+
+    async def close(self) -> None: ...
+
+
+class Tool(Protocol):
+    """Something the policy may call. `parameters` is a JSON schema, as in OpenAI tool calling."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+    async def open(self, rollout_id: str) -> Session: ...
+
+
+class Engine(Protocol):
+    """Writes tokens. Log-probs are of the distribution that was sampled from (temperature included)."""
+
+    async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion: ...

@@ -1,0 +1,236 @@
+"""The agent loop: one rollout is one coroutine that generates, calls tools and goes on, until it is done and graded."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rlsys.chat import Chat, ToolCall
+from rlsys.config import SamplingConfig
+from rlsys.interfaces import Engine, RewardResult, Session, ToolResult
+from rlsys.types import Completion, FinishReason, Problem, Rollout
+
+_MIN_ROOM = 1
+"""A prompt must leave at least so many tokens of context."""
+
+
+class RewardFailedError(Exception):
+    """A reward raised: the rollout is dropped and counted, never scored 0 in silence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTerm:
+    """One configured reward: an object with `score`, or a plain function."""
+
+    name: str
+    weight: float
+    reward: Any
+
+    async def grade(self, problem: Problem, rollout: Rollout) -> RewardResult:
+        """Score of one rollout, whatever of the accepted forms the reward has."""
+        score = getattr(self.reward, "score", None)
+        try:
+            if score is not None:
+                result = score(problem, rollout.response, rollout)
+            else:
+                result = self.reward(problem, rollout.response)
+            if inspect.isawaitable(result):
+                result = await result
+            return result if isinstance(result, RewardResult) else RewardResult(score=float(result))
+        except Exception as error:  # anything may come out of a user's function
+            raise RewardFailedError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
+
+
+@dataclass(slots=True)
+class _Track:
+    """The growing token axis of one rollout."""
+
+    tokens: list[int]
+    mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    own_tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pad()
+
+    def _pad(self) -> None:
+        missing = len(self.tokens) - len(self.mask)
+        self.mask += [False] * missing
+        self.logprobs += [0.0] * missing
+        self.versions += [-1] * missing
+
+    def append_read(self, tokens: Sequence[int]) -> None:
+        """Tokens that the policy reads: not trained."""
+        self.tokens += tokens
+        self._pad()
+
+    def append_written(self, completion: Completion) -> None:
+        """Tokens that the policy wrote: trained, exactly as they were generated."""
+        written = completion.tokens.tolist()
+        self.tokens += written
+        self.own_tokens += written
+        self.mask += [True] * len(written)
+        self.logprobs += completion.logprobs.tolist()
+        self.versions += completion.versions.tolist()
+
+
+async def run_rollout(
+    problem: Problem,
+    *,
+    engine: Engine,
+    chat: Chat,
+    rewards: Sequence[RewardTerm],
+    sampling: SamplingConfig,
+    max_model_tokens: int,
+    rollout_id: str,
+) -> Rollout | None:
+    """One graded attempt at the problem; None where the prompt leaves no room in the context.
+
+    Raises:
+        RewardFailedError: the rollout cannot be graded.
+    """
+    prompt = chat.render(problem)
+    budget = min(sampling.max_response_tokens, max_model_tokens - len(prompt))
+    if budget < _MIN_ROOM:
+        return None
+    track = _Track(prompt)
+    counts = {"tool_calls": 0.0, "tool_errors": 0.0, "tool_seconds": 0.0}
+    started = time.perf_counter()
+    async with _Sessions(chat, rollout_id) as sessions:
+        finish = await _converse(track, len(prompt) + budget, engine, chat, sampling, sessions, counts)
+    counts["rollout_seconds"] = time.perf_counter() - started
+    rollout = Rollout(
+        tokens=np.array(track.tokens, dtype=np.int32),
+        loss_mask=np.array(track.mask, dtype=np.bool_),
+        logprobs=np.array(track.logprobs, dtype=np.float32),
+        versions=np.array(track.versions, dtype=np.int32),
+        response=chat.decode(track.own_tokens),
+        transcript=chat.tokenizer.decode(track.tokens),
+        finish_reason=finish,
+        metrics=counts,
+    )
+    return await _graded(problem, rollout, rewards)
+
+
+async def _converse(
+    track: _Track,
+    limit: int,
+    engine: Engine,
+    chat: Chat,
+    sampling: SamplingConfig,
+    sessions: _Sessions,
+    counts: dict[str, float],
+) -> FinishReason:
+    """Generate and call tools until the policy ends its turn without a call, or a budget is spent."""
+    turn = ""
+    while True:
+        options = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": limit - len(track.tokens),
+            "stop": chat.stop_strings,
+        }
+        completion = await engine.generate(track.tokens, sampling=options)
+        track.append_written(completion)
+        turn += completion.text
+        if completion.finish_reason == "length":
+            return "length"
+        ended = completion.finish_reason == "stop"
+        calls = chat.parse_calls(turn, turn_ended=ended)
+        if not calls and ended:
+            return "stop"
+        if calls:
+            if counts["tool_calls"] + len(calls) > sampling.max_tool_calls:
+                return "turns"
+            results = [await sessions.call(call) for call in calls]
+            counts["tool_calls"] += len(results)
+            counts["tool_errors"] += sum(not result.ok for result in results)
+            counts["tool_seconds"] += sum(result.seconds for result in results)
+            # The budget holds for tool output too; what does not fit is not read.
+            read = chat.render_results(results)[: max(0, limit - len(track.tokens))]
+            track.append_read(read)
+            turn = ""
+        if len(track.tokens) >= limit:
+            return "length"
+
+
+class _Sessions:
+    """The tool sessions of one rollout, opened when first called and closed with it."""
+
+    def __init__(self, chat: Chat, rollout_id: str) -> None:
+        self._chat = chat
+        self._rollout_id = rollout_id
+        self._open: dict[str, Session] = {}
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> _Sessions:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        """Answer a call; whatever goes wrong is a text for the policy."""
+        if call.error is not None:
+            return ToolResult(text=call.error, ok=False)
+        started = time.perf_counter()
+        if call.name not in self._open:
+            session = await self._chat.tools[call.name].open(self._rollout_id)
+            self._stack.push_async_callback(session.close)
+            self._open[call.name] = session
+        result = await self._open[call.name].call(call.arguments)
+        return replace(result, seconds=time.perf_counter() - started)
+
+
+async def _graded(problem: Problem, rollout: Rollout, rewards: Sequence[RewardTerm]) -> Rollout:
+    started = time.perf_counter()
+    terms: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    total = 0.0
+    for index, term in enumerate(rewards):
+        result = await term.grade(problem, rollout)
+        total += term.weight * result.score
+        terms[term.name] = result.score
+        terms.update({f"{term.name}/{name}": value for name, value in result.terms.items()})
+        metrics[f"status/{term.name}/{result.status}"] = 1.0
+        if index == 0:
+            metrics["correct"] = float(result.status == "correct" if result.status != "ok" else result.score > 0)
+    metrics["reward_seconds"] = time.perf_counter() - started
+    if not np.isfinite(total):
+        raise RewardFailedError(f"the reward of problem {problem.id!r} is {total}, which is not finite")
+    return replace(rollout, reward=total, reward_terms=terms, metrics={**rollout.metrics, **metrics})
+
+
+def mean_metrics(rollouts: Sequence[Rollout]) -> Mapping[str, float]:
+    """What a batch of rollouts says: reward, accuracy, lengths, tools, how they ended, each grading status."""
+    if not rollouts:
+        return {}
+    count = len(rollouts)
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if len(values) else float("nan")
+
+    correct = [rollout.metrics.get("correct", 0.0) for rollout in rollouts]
+    lengths = [float(rollout.num_trained_tokens) for rollout in rollouts]
+    result = {
+        "reward": mean([rollout.reward for rollout in rollouts]),
+        "accuracy": mean(correct),
+        "response_tokens": mean(lengths),
+        "completed_ratio": mean([rollout.finish_reason == "stop" for rollout in rollouts]),
+        "tool_rate": mean([rollout.metrics.get("tool_calls", 0.0) > 0 for rollout in rollouts]),
+        "tool_calls": mean([rollout.metrics.get("tool_calls", 0.0) for rollout in rollouts]),
+        "tool_error_rate": sum(rollout.metrics.get("tool_errors", 0.0) for rollout in rollouts)
+        / max(1.0, sum(rollout.metrics.get("tool_calls", 0.0) for rollout in rollouts)),
+    }
+    for name in sorted({name for rollout in rollouts for name in rollout.reward_terms}):
+        result[f"reward/{name}"] = mean([rollout.reward_terms.get(name, 0.0) for rollout in rollouts])
+    for name in sorted({name for rollout in rollouts for name in rollout.metrics if name.startswith("status/")}):
+        result[name] = sum(rollout.metrics.get(name, 0.0) for rollout in rollouts) / count
+    return result

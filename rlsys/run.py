@@ -1,0 +1,167 @@
+"""A run from its configuration to its summary: check, connect, go through the stages, say what came out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlsys import cluster
+from rlsys.chat import load_tokenizer
+from rlsys.config import Config
+from rlsys.console import Console
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.fleet import learner_demand, rollout_demand
+from rlsys.plugins import check_options, resolve
+from rlsys.records import RunDirectory
+from rlsys.report import plot_curves
+from rlsys.scratch import build_scratch_model
+from rlsys.stages import STAGES, Interrupted, Run
+
+
+def train(config: Config, *, resume: bool = False, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Run all stages and return the summary.
+
+    Raises:
+        RlsysError: with one clear message.
+        Interrupted: the user stopped it; `resume` goes on from there.
+    """
+    console = console or Console()
+    check(config)
+    directory = RunDirectory.open(config, resume=resume, fresh=fresh)
+    try:
+        return asyncio.run(_train(config, directory, console, resume=resume))
+    finally:
+        directory.close()
+
+
+def check(config: Config) -> None:
+    """Find what is wrong before anything is started: references, options, tokenizer, data.
+
+    Raises:
+        RlsysError: names the place and the fix.
+    """
+    for index, reward in enumerate(config.rewards):
+        target = resolve(reward.use, place=f"rewards.{index}.use")
+        if isinstance(target, type) or reward.options:
+            check_options(target, reward.options, place=f"rewards.{index}")
+    for index, tool in enumerate(config.tools):
+        check_options(resolve(tool.use, place=f"tools.{index}.use"), tool.options, place=f"tools.{index}")
+    if config.chat.tool_format == "fenced" and len(config.tools) > 1:
+        raise ConfigError("chat.tool_format=fenced knows one tool, python; use chat.tool_format=template for several")
+    for name in ("train", "held_out"):
+        source = getattr(config.data, name)
+        check_options(resolve(source.use, place=f"data.{name}.use"), source.options, place=f"data.{name}")
+    if config.sft.demonstrations is not None:
+        source = config.sft.demonstrations
+        target = resolve(source.use, place="sft.demonstrations.use")
+        check_options(target, source.options, place="sft.demonstrations", given=1)
+    for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
+        resolve(reference, place=place)
+    resolve(config.actors.use, place="actors.use")
+    resolve(config.learners.use, place="learners.use")
+    if config.model.path is not None:
+        load_tokenizer(config.model.path)
+
+
+async def _train(config: Config, directory: RunDirectory, console: Console, *, resume: bool) -> dict[str, Any]:
+    # Ray's workers are other processes and perhaps other nodes: paths must not depend on where the driver stands.
+    model = _starting_model(config, directory.folder)
+    unfinished = [stage for stage in config.stages if directory.finished_model(stage) is None]
+    if resume and not unfinished:
+        raise CheckpointError(f"{directory.folder} is finished: all of {config.stages} are done; begin anew with --fresh")
+    stop = asyncio.Event()
+    run = Run(config=config, directory=directory, console=console, stop=stop)
+    with console.waiting("starting Ray"):
+        cluster.connect(config.cluster)
+    try:
+        with _stopped_by_signals(stop, console):
+            await cluster.require(_demands(config, unfinished), wait_seconds=config.cluster.wait_seconds)
+            for stage in config.stages:
+                finished = directory.finished_model(stage)
+                if finished is not None:
+                    console.say(f"{stage}: finished before, not run again")
+                    model = finished
+                    continue
+                model = await _unless_stopped(STAGES[stage](run, model), stop)
+                directory.finish(stage, model)
+                link_model(directory.folder, model)
+    finally:
+        directory.update_summary()
+        plot_curves(directory)
+        cluster.disconnect()
+    summary = directory.update_summary(model=str(model))
+    console.table(f"{config.name}: {directory.folder}", summary)
+    return summary
+
+
+async def _unless_stopped(stage: Any, stop: asyncio.Event) -> Path:
+    """Await a stage; once `stop` is set it has a minute to reach a checkpoint and end by itself."""
+    task = asyncio.ensure_future(stage)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=60)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=30)
+            raise Interrupted("before a step was finished")
+        model: Path = task.result()
+        return model
+    finally:
+        stopping.cancel()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: asyncio.Event, console: Console) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM, as a job is stopped) asks for a clean end; a second one ends at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        console.say("stopping: finishing the step that is being learned, then saving (again to stop at once)")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
+    """What the stages need at one time."""
+    demands = []
+    if {"rl", "eval"} & set(stages):
+        demands.append(rollout_demand(config))
+    if {"rl", "sft"} & set(stages):
+        demands.append(learner_demand(config))
+    return demands
+
+
+def _starting_model(config: Config, folder: Path) -> Path:
+    if config.model.scratch is None:
+        assert config.model.path is not None
+        path = Path(config.model.path)
+        return path.resolve() if path.exists() else path
+    built = (folder / "scratch").resolve()
+    if not (built / "config.json").exists():
+        build_scratch_model(built, config.model.scratch)
+    return built
+
+
+def link_model(folder: Path, model: Path) -> None:
+    """Point `RUN/model` at the newest stage's model."""
+    link = folder / "model"
+    partial = folder / "model.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(model.resolve(), folder.resolve()))
+    os.replace(partial, link)
