@@ -74,7 +74,7 @@ class FsdpLearner:
         total_steps: int,
         loss: Callable[[LossInputs], LossOutputs],
         with_reference: bool = False,
-        seconds: float = 600.0,
+        timeout: float = 600.0,
     ) -> WeightPlan:
         """Meet the other ranks, load and shard the model; returns what `send_weights` will send."""
         if self._device.type == "cpu":
@@ -85,7 +85,7 @@ class FsdpLearner:
             init_method=f"tcp://{master[0]}:{master[1]}",
             rank=self._rank,
             world_size=self._world_size,
-            timeout=timedelta(seconds=seconds),
+            timeout=timedelta(seconds=timeout),
         )
         self._mesh = init_device_mesh(self._device.type, (self._world_size,))
         self._policy = self._load_sharded()
@@ -184,11 +184,11 @@ class FsdpLearner:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         return {"grad_norm": norm_value, "lr": lr, "skipped_in_a_row": float(self._skipped_in_a_row)}
 
-    def open_weights(self, group: WeightGroup, *, backend: str, seconds: float) -> None:
+    def open_weights(self, group: WeightGroup, *, backend: str, timeout: float) -> None:
         """Meet the engines; only rank 0 sends, the others help to gather."""
         if self._sender is not None:
             self._sender.close()
-        self._sender = open_sender(backend, group, seconds=seconds, device=self._device) if self._rank == 0 else None
+        self._sender = open_sender(backend, group, seconds=timeout, device=self._device) if self._rank == 0 else None
 
     def send_weights(self) -> dict[str, int]:
         """Send every parameter in the planned order; returns the checksum of each (empty but on rank 0)."""

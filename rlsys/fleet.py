@@ -110,7 +110,7 @@ class LearnerGroup:
             "total_steps": total_steps,
             "loss": resolve(loss, place="loss"),
             "with_reference": with_reference,
-            "seconds": seconds,
+            "timeout": seconds,
         }
         plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
         return cls(ranks, plans[0], config)
@@ -139,7 +139,7 @@ class LearnerGroup:
             master_address=address, master_port=port, world_size=1 + workers * len(fleet.actors)
         )
         await asyncio.gather(
-            *(rank.call("open_weights", group, backend=fleet.backend, seconds=seconds) for rank in self._ranks),
+            *(rank.call("open_weights", group, backend=fleet.backend, timeout=seconds, seconds=seconds) for rank in self._ranks),
             *(
                 actor.call("open_weights", group, rank=1 + workers * index, seconds=seconds)
                 for index, actor in enumerate(fleet.actors)
