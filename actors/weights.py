@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -74,7 +75,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     received: dict[str, int]
-    _group: torch.distributed.ProcessGroup | None = None
+    _group: ProcessGroupGloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the group of the learner."""
@@ -96,9 +97,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         assert self._group is not None, "init_transfer_engine comes first"
         self.received = {}
         model = _SummingModel(self.model, self.received)
-        for name, dtype_name, shape in zip(
-            update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-        ):
+        for name, dtype_name, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))
             broadcast(tensor, self._group)
             model.load_weights([(name, tensor.to(self.device))])
@@ -131,8 +130,11 @@ class ProvedNcclEngine(NCCLWeightTransferEngine):
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its worker, for `collective_rpc`. Importing this module registers the back ends too, where
-    rlsys was not installed but only put on the path, as by a Ray job's working directory."""
+    """Methods that vLLM adds to its worker, for `collective_rpc`.
+
+    vLLM imports this module to find it, which registers the back ends also where rlsys is not installed but only on the
+    path, as by a Ray job's working directory.
+    """
 
     weight_transfer_engine: Any
 

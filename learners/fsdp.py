@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -47,7 +47,7 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 class FsdpLearner:
-    """One rank of the learner. It knows no algorithm: credit was assigned before, the loss is a function it is given."""
+    """One rank of the learner. It knows no algorithm: credit was assigned before, the loss is given to it."""
 
     def __init__(self, *, model_path: str, config: LearnersConfig, rank: int, world_size: int) -> None:
         self._model_path = model_path
@@ -136,7 +136,7 @@ class FsdpLearner:
         for index, micro in enumerate(micro_batches):
             self._policy.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
             loss, sums, gap = self._loss_of(micro, temperature, loss_options)
-            (loss * (self._world_size / num_tokens)).backward()  # type: ignore[no-untyped-call]
+            (loss * (self._world_size / num_tokens)).backward()
             totals["sum/tokens"] += len(micro.tokens)
             totals["sum/trained_tokens"] += len(micro.targets)
             totals["max/logprob_gap"] = max(totals.get("max/logprob_gap", 0.0), gap)
@@ -208,15 +208,16 @@ class FsdpLearner:
     def save(self, folder: str) -> None:
         """Write this rank's shards of model and optimizer into a fresh folder."""
         model, optimizer = get_state_dict(self._policy, self._optimizer)
-        dcp.save({"model": model, "optimizer": optimizer, "step": torch.tensor(self._step)}, checkpoint_id=folder)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(self._step)}
+        save_distributed(state, checkpoint_id=folder)
 
     def load(self, folder: str) -> None:
         """Read back what `save` wrote, at this or another world size."""
         model, optimizer = get_state_dict(self._policy, self._optimizer)
-        state = {"model": model, "optimizer": optimizer, "step": torch.tensor(0)}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(0)}
         try:
-            dcp.load(state, checkpoint_id=folder)
-        except (RuntimeError, OSError, dcp.api.CheckpointException) as error:
+            load_distributed(state, checkpoint_id=folder)
+        except (RuntimeError, OSError, CheckpointException) as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from error
         set_state_dict(
             self._policy, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
@@ -226,12 +227,12 @@ class FsdpLearner:
     def export(self, folder: str) -> None:
         """Write a `save_pretrained` folder, tokenizer included; every rank takes part, rank 0 writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        full = get_model_state_dict(self._policy, options=options)
+        full: dict[str, Any] = get_model_state_dict(self._policy, options=options)
         if self._rank == 0:
             dtype = _DTYPES[self._config.dtype]
             state = {name.removeprefix("hf."): tensor.to(dtype) for name, tensor in full.items()}
-            self._policy.hf.save_pretrained(folder, state_dict=state)  # type: ignore[operator,union-attr]
-            _copy_tokenizer(Path(self._model_path), Path(folder))
+            self._policy.hf.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+            _copy_tokenizer(self._model_path, folder)
         dist.barrier()
 
     def close(self) -> None:
@@ -253,13 +254,7 @@ def _own_address() -> str:
             return "127.0.0.1"
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    if source.is_dir():
-        for file in source.iterdir():
-            if file.is_file() and not (target / file.name).exists() and file.suffix in {".json", ".jinja", ".txt", ".model"}:
-                if not file.name.endswith(".index.json"):
-                    shutil.copy(file, target / file.name)
-        return
+def _copy_tokenizer(source: str, target: str) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(target))
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)

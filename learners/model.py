@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ _HEAD_CHUNK = 2048
 
 
 def packed_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -43,7 +44,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for begin, end in zip(boundaries[:-1], boundaries[1:], strict=True)
+        for begin, end in itertools.pairwise(boundaries)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -82,19 +83,21 @@ class Policy(nn.Module):
         The head runs only where a token trains, and a chunk at a time: its logits are thrown away and computed again
         in the backward pass, so tokens x vocabulary never exists at once.
         """
-        hidden = self.hf.model(  # type: ignore[operator,union-attr]
+        hidden = self.hf.model(  # type: ignore[operator]
             input_ids=tokens[None], position_ids=positions[None], boundaries=boundaries, use_cache=False
         )[0][0]
         before = hidden[targets - 1]
         labels = tokens[targets]
         chunks = [
-            checkpoint(self._head, before[i : i + _HEAD_CHUNK], labels[i : i + _HEAD_CHUNK], temperature, use_reentrant=False)
+            checkpoint(
+                self._head, before[i : i + _HEAD_CHUNK], labels[i : i + _HEAD_CHUNK], temperature, use_reentrant=False
+            )
             for i in range(0, max(len(targets), 1), _HEAD_CHUNK)
         ]
         return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
 
     def _head(self, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self.hf.lm_head(hidden).float() / temperature  # type: ignore[operator,union-attr]
+        logits = self.hf.lm_head(hidden).float() / temperature  # type: ignore[operator]
         normalised = logits.log_softmax(-1)
         with torch.no_grad():
             entropy = -(normalised.exp() * normalised).sum(-1)
@@ -104,7 +107,7 @@ class Policy(nn.Module):
 def to_tensors(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, list[int], Tensor]:
     """Tokens, positions, boundaries and targets as `Policy.forward` takes them.
 
-    An empty micro-batch becomes one token that trains nothing, because a sharded rank must run the same layers as the others.
+    An empty micro-batch becomes one token that trains nothing: a sharded rank must run the same layers as the others.
     """
     tokens, positions = micro.tokens, micro.positions
     boundaries = micro.boundaries.tolist()

@@ -52,9 +52,7 @@ class NcclSender:
     def __init__(self, group: WeightGroup, *, device: torch.device) -> None:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-        self._group = stateless_init_process_group(
-            group.master_address, group.master_port, 0, group.world_size, device
-        )
+        self._group = stateless_init_process_group(group.master_address, group.master_port, 0, group.world_size, device)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         from vllm.distributed.weight_transfer.packed_tensor import (

@@ -23,7 +23,7 @@ def dr_grpo(rewards: Array) -> Array:
 
     Dr.GRPO (arXiv 2503.20783).
     """
-    return rewards - rewards.mean()
+    return np.asarray(rewards - rewards.mean())
 
 
 def rloo(rewards: Array) -> Array:
@@ -33,4 +33,4 @@ def rloo(rewards: Array) -> Array:
     """
     if len(rewards) < 2:
         raise ValueError(f"rloo needs at least 2 siblings, got {len(rewards)}")
-    return (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+    return np.asarray((rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1))

@@ -1,8 +1,8 @@
 """Between messages and tokens: a problem is rendered once; after that a rollout is token ids, only ever appended to.
 
 Two ways of calling a tool are understood. *fenced*: a ```python block inside the answer, its output pasted behind it
-(STILL-3, arXiv 2503.04548). *template*: `<tool_call>` JSON at the end of a turn, tools and results rendered by the model's
-own chat template. A call that cannot be understood is answered with a text that says so; it never raises.
+(STILL-3, arXiv 2503.04548). *template*: `<tool_call>` JSON at the end of a turn, tools and results rendered by the
+model's own chat template. A call that cannot be understood is answered with a text that says so; it never raises.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"no tokenizer in {path!r} ({first}); save one there with tokenizer.save_pretrained") from error
+        raise ConfigError(
+            f"no tokenizer in {path!r} ({first}); save one there with tokenizer.save_pretrained"
+        ) from error
 
 
 class Chat:
@@ -61,13 +63,16 @@ class Chat:
     ) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add one to its tokenizer_config.json"
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add one to tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         self.tools = {tool.name: tool for tool in tools}
         self._fenced = tool_format == "fenced"
         self._template_options = dict(template_options or {})
-        self._between = ("", "") if self._fenced or not tools else self._text_around_result()
+        if tools and not self._fenced and _RESULT_MARK not in self._text_after_turn([_RESULT_MARK]):
+            raise ConfigError(
+                "the chat template does not render tool results; use chat.tool_format=fenced or another template"
+            )
 
     @classmethod
     def load(cls, model_path: str, tools: Sequence[Tool], config: ChatConfig) -> Chat:
@@ -111,12 +116,17 @@ class Chat:
 
     def render_results(self, results: Sequence[ToolResult]) -> list[int]:
         """Token ids to append after a call, so that the policy reads the results and goes on."""
+        texts = [self._harmless(result.text) for result in results]
         if self._fenced:
             # A fence inside the output would end the block early and could pose as the policy's own call.
-            text = "".join("```output\n" + result.text.replace("```", "'''") + _FENCE_CLOSE for result in results)
-            return self.encode(text)
-        before, after = self._between
-        return self.encode(before + "\n".join(result.text for result in results) + after)
+            return self.encode("".join("```output\n" + text.replace("```", "'''") + _FENCE_CLOSE for text in texts))
+        return self.encode(self._text_after_turn(texts))
+
+    def _harmless(self, text: str) -> str:
+        """Tool output as nothing but text: a mark such as end-of-turn is broken up, half characters are replaced."""
+        for mark in self.tokenizer.all_special_tokens:
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+        return text.encode("utf-8", "replace").decode()
 
     def _checked(self, name: str, arguments: Mapping[str, Any]) -> ToolCall:
         if name not in self.tools:
@@ -128,7 +138,7 @@ class Chat:
         shape = '{"name": ..., "arguments": {...}}'
         try:
             call = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return ToolCall(name="", arguments={}, error=f"The tool call is not valid JSON ({error}). Write {shape}.")
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return ToolCall(name="", arguments={}, error=f"The tool call has no name. Write {shape}.")
@@ -141,27 +151,26 @@ class Chat:
         options = dict(self._template_options)
         if self.tools and not self._fenced:
             options["tools"] = [
-                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
+                {
+                    "type": "function",
+                    "function": {"name": t.name, "description": t.description, "parameters": t.parameters},
+                }
                 for t in self.tools.values()
             ]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         return str(text)
 
-    def _text_around_result(self) -> tuple[str, str]:
-        """What the template writes between the end of a turn and a tool result, and after it."""
-        call = {"type": "function", "function": {"name": next(iter(self.tools)), "arguments": {}}}
+    def _text_after_turn(self, results: Sequence[str]) -> str:
+        """What the template writes behind a turn that called tools: these results and the start of the next turn."""
+        name = next(iter(self.tools))
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
         text = self._render(
             [
                 {"role": "user", "content": "question"},
-                {"role": "assistant", "content": _TURN_MARK, "tool_calls": [call]},
-                {"role": "tool", "name": next(iter(self.tools)), "content": _RESULT_MARK},
+                {"role": "assistant", "content": _TURN_MARK, "tool_calls": [call] * len(results)},
+                *({"role": "tool", "name": name, "content": result} for result in results),
             ]
         )
-        turn, mark, after = text.partition(_RESULT_MARK)
-        end_of_turn = self.tokenizer.eos_token
-        position = turn.find(end_of_turn, turn.find(_TURN_MARK))
-        if not mark or _TURN_MARK not in turn or position < 0:
-            raise ConfigError(
-                "the chat template does not render tool results; use chat.tool_format=fenced or another template"
-            )
-        return turn[position + len(end_of_turn) :], after
+        _, _, behind_mark = text.partition(_TURN_MARK)
+        _, _, behind_turn = behind_mark.partition(self.tokenizer.eos_token)
+        return behind_turn

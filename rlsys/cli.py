@@ -12,27 +12,30 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from rlsys.config import Config, flatten, load_config, origins
-from rlsys.errors import RlsysError
+from rlsys.errors import ConfigError, RlsysError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""Reinforcement learning for reasoning models that call tools: Ray actors roll out with vLLM, a learner group trains.
+    help="""Reinforcement learning for reasoning models that call tools: Ray actors roll out with vLLM, a learner
+group trains.
 
 **Start here:** `rlsys train configs/quickstart.yaml` trains a small model on this machine, without a GPU.
 
 Any setting can be changed on the command line: `rlsys train configs/quickstart.yaml rl.steps=10 actors.count=1`.
 `rlsys config CONFIG` shows all of them, and where each value comes from.
 
-A run writes `metrics.jsonl`, TensorBoard files, every rollout as Parquet, checkpoints, `curves.png`, `summary.json` and a
-`model` folder that transformers and vLLM load.
+A run writes `metrics.jsonl`, TensorBoard files, every rollout as Parquet, checkpoints, `curves.png`, `summary.json` and
+a `model` folder that transformers and vLLM load.
 """,
 )
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value ...", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change: section.key=value ...", show_default=False)
+]
 
 
 @app.command()
@@ -89,11 +92,23 @@ def submit(
     address: Annotated[str, typer.Option(help="Address of the cluster's job server.")] = "http://127.0.0.1:8265",
     wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
 ) -> None:
-    """Run `rlsys train CONFIG` as a Ray job, with this folder as its working directory."""
-    from rlsys.jobs import submit_job
+    """Run `rlsys train CONFIG` as a Ray job, with this folder as its working directory.
 
-    load_config(config, overrides or [])  # an error costs nothing here
-    raise typer.Exit(submit_job([str(config), *(overrides or [])], address=address, wait=wait))
+    A job runs in a temporary copy of the folder, so results need an absolute `run_dir` that outlives it. On this
+    machine it is made absolute; for another cluster give a folder that its nodes share.
+    """
+    from rlsys.cluster import is_local, submit_job
+
+    arguments = [str(config), *(overrides or [])]
+    run_dir = Path(load_config(config, overrides or []).run_dir)  # an error costs nothing here
+    if not run_dir.is_absolute():
+        if not is_local(address):
+            raise ConfigError(
+                f"run_dir is {str(run_dir)!r}, which would lie in the job's temporary folder at {address}; "
+                "give an absolute path that the cluster's nodes share: run_dir=/shared/..."
+            )
+        arguments.append(f"run_dir={run_dir.absolute()}")
+    raise typer.Exit(submit_job(arguments, address=address, wait=wait))
 
 
 def main() -> None:

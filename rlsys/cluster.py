@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
+import shlex
+import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlsys.config import ClusterConfig
 from rlsys.errors import ActorError, ResourceError, RlsysError
@@ -43,18 +50,21 @@ class Demand:
         return {name: amount for name, amount in amounts.items() if amount > 0}
 
 
-def connect(config: ClusterConfig, *, job_env: Mapping[str, str] | None = None) -> None:
+def connect(config: ClusterConfig) -> None:
     """Join the cluster at `config.address` (or RAY_ADDRESS), else start one on this machine."""
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     # Ray warns on stderr about things that no user of ours can act on.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray refuses a variable that the job's own runtime environment sets too; what the job says goes.
+    set_by_job = _job_environment()
+    env_vars = {name: value for name, value in _CPU_ENVIRONMENT.items() if name not in set_by_job}
     try:
         ray.init(
             address=address,
             log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": {**_CPU_ENVIRONMENT, **(job_env or {})}},
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": env_vars},
             **local,
         )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
@@ -64,11 +74,6 @@ def connect(config: ClusterConfig, *, job_env: Mapping[str, str] | None = None) 
 def disconnect() -> None:
     """Leave the cluster; one that `connect` started ends with all its processes."""
     ray.shutdown()
-
-
-def driver_address() -> str:
-    """IP address of this node inside the cluster."""
-    return str(ray.util.get_node_ip_address())
 
 
 def shortage(demands: Sequence[Demand], total: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str | None:
@@ -113,7 +118,8 @@ async def require(demands: Sequence[Demand], *, wait_seconds: float) -> None:
         if time.monotonic() > deadline:
             state = lacking or f"{busy} (the rest is taken by other work)"
             raise ResourceError(
-                f"{state}; lower actors.count, learners.count or their cpus/gpus, or add nodes (waited {wait_seconds:g} s)"
+                f"{state}; lower actors.count, learners.count or their cpus/gpus, or add nodes "
+                f"(waited {wait_seconds:g} s)"
             )
         if not asked_to_grow:
             request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
@@ -161,7 +167,7 @@ def place(
     cls: type, demand: Demand, arguments: Sequence[Mapping[str, Any]], *, call_seconds: float, concurrency: int = 1
 ) -> list[Actor]:
     """Start one actor of `cls` for each set of keyword arguments; returns at once, the actors start side by side."""
-    remote = ray.remote(cls).options(
+    remote: Any = ray.remote(cls).options(
         num_cpus=demand.cpus,
         num_gpus=demand.gpus,
         resources=dict(demand.resources) or None,
@@ -177,3 +183,113 @@ def place(
 def put(value: Any) -> Any:
     """Store a value once in the cluster; passing the returned reference to a call passes the value."""
     return ray.put(value)
+
+
+# --- Ray jobs --------------------------------------------------------------------------------------------------------
+
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_NOT_UPLOADED = [".venv", ".git", "runs"]
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def in_job() -> bool:
+    """Whether this process is the entrypoint of a Ray job, which runs in a temporary copy of the submitted folder."""
+    return _JOB_VARIABLE in os.environ
+
+
+def _job_environment() -> dict[str, str]:
+    """The environment variables that the Ray job around this process was submitted with."""
+    job = json.loads(os.environ.get(_JOB_VARIABLE, "{}"))
+    return dict((job.get("runtime_env") or {}).get("env_vars") or {})
+
+
+def is_local(address: str) -> bool:
+    """Whether an address such as `http://127.0.0.1:8265` is on this machine."""
+    return (urlsplit(address if "://" in address else f"//{address}").hostname or "") in _LOCAL_HOSTS
+
+
+def submit_job(arguments: Sequence[str], *, address: str, wait: bool) -> int:
+    """Run `python -m rlsys train` with these arguments as a Ray job, the current folder as its working directory.
+
+    `address` is the job server's; RAY_API_SERVER_ADDRESS and RAY_ADDRESS go before it, as in Ray's own command. With
+    `wait` the log is printed as it grows and the result is the exit code of the job; else it is 0 once the job is
+    accepted.
+
+    Raises:
+        ResourceError: there is no job server at `address`, it refuses the token, or the connection was lost.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    address = address if "://" in address else f"http://{address}"
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or address
+    _require_listener(address)
+    for name in ("ray", JobSubmissionClient.__module__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    entrypoint = shlex.join(["python", "-m", "rlsys", "train", *arguments])
+    if is_local(address):  # a cluster started from an environment that nobody activated has another `python`, or none
+        entrypoint = f'PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" {entrypoint}'
+    try:
+        client = JobSubmissionClient(address, headers=_local_token(address))
+        job = client.submit_job(
+            entrypoint=entrypoint,
+            runtime_env={"working_dir": ".", "excludes": _NOT_UPLOADED},
+        )
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"the job server at {address} wants a token or another one; set RAY_AUTH_MODE=token and put the cluster's "
+            "token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        raise ResourceError(f"the job server at {address} did not take the job: {error}") from error
+    print(f"job {job}; its log: ray job logs --follow {job}; stop it: ray job stop {job}", flush=True)
+    if not wait:
+        return 0
+    try:
+        return asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        print(f"no longer following; job {job} goes on", flush=True)
+        return 130
+    except (OSError, RuntimeError) as error:
+        raise ResourceError(f"lost the connection to {address}; job {job} may go on: {error}") from error
+
+
+async def _follow(client: Any, job: str) -> int:
+    """Print a job's log until it ends; its exit code (1 where it never got as far as having one)."""
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        await asyncio.sleep(0.5)
+    print(f"job {job}: {info.status.value.lower()}", flush=True)
+    if info.status.value == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:
+        print(info.message, flush=True)
+    return info.driver_exit_code or 1
+
+
+def _require_listener(address: str, *, seconds: float = 5.0) -> None:
+    """Find out soon that nothing answers: Ray's client has no deadline of its own."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    if port is None:
+        return  # a form that Ray itself resolves, such as `auto`
+    try:
+        socket.create_connection((parts.hostname, port), seconds).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no job server at {address} ({error}); start a cluster with `ray start --head`, give the --address of "
+            "one, or forward its port with `ray dashboard cluster.yaml`"
+        ) from error
+
+
+def _local_token(address: str) -> dict[str, str] | None:
+    """Ray's token as a header for a job server on this machine.
+
+    `ray start --head` asks for the token wherever a token file exists, but clients send it only where RAY_AUTH_MODE is
+    set. To other machines it goes only where the user set that.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not is_local(address):
+        return None
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    return {"Authorization": f"Bearer {token}"} if token else None

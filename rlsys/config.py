@@ -308,7 +308,7 @@ class Config:
         for stage in self.stages:
             _require(stage in STAGES, f"stages: unknown stage {stage!r}; known: {', '.join(STAGES)}")
         _require(len(set(self.stages)) == len(self.stages), f"stages: {self.stages} names a stage twice")
-        _require(bool(self.rewards), "rewards is empty; give at least one, such as `use: rlsys.rewards.math:MathReward`")
+        _require(bool(self.rewards), "rewards is empty; give one, such as `use: rlsys.rewards.math:MathReward`")
         names = [reward.name for reward in self.rewards]
         _require(len(set(names)) == len(names), f"rewards: the names {names} must differ; set `name`")
         _require(
@@ -337,6 +337,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(Config), OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides))
+        )
+        missing = sorted(OmegaConf.missing_keys(merged))
+        _require(
+            not missing,
+            f"{path}: no value for {' and '.join(missing)}; set each in the file or on the command line (key=value)",
         )
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
@@ -378,7 +383,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """For every dotted key that was set: the file and line, or the override, that set it. Anything else is a default."""
+    """For every dotted key that was set, the file and line or the override that set it; the others are defaults."""
     found: dict[str, str] = {}
 
     def walk(prefix: str, node: yaml.Node) -> None:

@@ -135,11 +135,12 @@ class LearnerGroup:
         address, port = await self._ranks[0].call("rendezvous")
         # A tensor-parallel engine has several workers; each is a rank of the group.
         workers = max(1, int(self._config.actors.gpus))
-        group = WeightGroup(
-            master_address=address, master_port=port, world_size=1 + workers * len(fleet.actors)
-        )
+        group = WeightGroup(master_address=address, master_port=port, world_size=1 + workers * len(fleet.actors))
         await asyncio.gather(
-            *(rank.call("open_weights", group, backend=fleet.backend, timeout=seconds, seconds=seconds) for rank in self._ranks),
+            *(
+                rank.call("open_weights", group, backend=fleet.backend, timeout=seconds, seconds=seconds)
+                for rank in self._ranks
+            ),
             *(
                 actor.call("open_weights", group, rank=1 + workers * index, seconds=seconds)
                 for index, actor in enumerate(fleet.actors)

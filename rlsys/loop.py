@@ -1,9 +1,9 @@
 """The training loop: synchronous and asynchronous in one, with a staleness bound that holds by construction.
 
 A slot is taken when a group starts and given back only after weights that were trained on it are published. There are
-`(max_staleness + 1) * groups_per_step` slots and groups are trained in the order in which they started, so ahead of any group
-there are at most `max_staleness` whole batches: no group is trained by a policy more than `max_staleness` versions newer
-than the one it began with. With `max_staleness = 0` this is the synchronous on-policy trainer.
+`(max_staleness + 1) * groups_per_step` slots and groups are trained in the order in which they started, so ahead of any
+group there are at most `max_staleness` whole batches: no group is trained by a policy that is more than `max_staleness`
+versions newer than the one it began with. With `max_staleness = 0` this is the synchronous on-policy trainer.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class Loop:
             while not started:
                 if producer.done():
                     producer.result()
-                    raise TrainingStalledError(
-                        f"the problems ran out after {state.cursor}; a source must not be empty"
-                    )
+                    raise TrainingStalledError(f"the problems ran out after {state.cursor}; a source must not be empty")
                 arrived.clear()
                 await arrived.wait()
             group = await started[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ def pack(batch: TrainBatch, indices: Sequence[int]) -> MicroBatch:
     lengths = [len(rollout) for rollout in rollouts]
     boundaries = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
-    def joined(parts: list[NDArray[np.generic]], dtype: type) -> NDArray:  # type: ignore[type-arg]
+    def joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
         return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
     masks = [rollout.loss_mask.copy() for rollout in rollouts]

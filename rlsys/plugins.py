@@ -24,6 +24,8 @@ def resolve(reference: str, *, place: str) -> Any:
     module_name, _, object_name = reference.partition(":")
     try:
         return pkgutil.resolve_name(reference)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {reference!r} is not a reference; write it as `module:object`") from error
     except ImportError as error:
         raise ConfigError(f"{place}: cannot import {module_name!r} of {reference!r}: {error}") from error
     except AttributeError as error:

@@ -1,7 +1,7 @@
 """The run directory: everything a run says about itself, written as it happens.
 
-    config.yaml  run.json  metrics.jsonl  tensorboard/  rollouts/*.parquet  <stage>/checkpoints/  <stage>/model/
-    model -> the newest stage's model  summary.json  curves.png
+config.yaml  run.json  metrics.jsonl  tensorboard/  rollouts/*.parquet  <stage>/checkpoints/  <stage>/model/
+model -> the newest stage's model  summary.json  curves.png
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RunDirectory:
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     @classmethod
     def open(cls, config: Config, *, resume: bool, fresh: bool) -> RunDirectory:
@@ -87,7 +87,8 @@ class RunDirectory:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept, superseded = [], []
+        kept: list[str] = []
+        superseded: list[str] = []
         for text in path.read_text().splitlines():
             line = json.loads(text)
             (superseded if line["stage"] == stage and line["step"] > step else kept).append(text)

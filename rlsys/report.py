@@ -32,7 +32,9 @@ def plot_curves(directory: RunDirectory) -> None:
     axes[0, 0].plot([e["step"] for e in held_out], [e["accuracy"] for e in held_out], "o--", label="held-out problems")
     draw(axes[0, 1], [("tool_rate", "rollouts that call"), ("tool_error_rate", "calls that fail")], "tool use")
     draw(axes[0, 2], [("response_tokens", "mean")], "tokens written per rollout")
-    draw(axes[1, 0], [("learner/logprob_gap", "mean"), ("learner/logprob_gap_max", "largest")], "log-prob gap to engine")
+    draw(
+        axes[1, 0], [("learner/logprob_gap", "mean"), ("learner/logprob_gap_max", "largest")], "log-prob gap to engine"
+    )
     axes[1, 0].set_yscale("log")
     draw(axes[1, 1], [("learner/entropy", "entropy"), ("learner/grad_norm", "gradient norm")], "policy")
     phases = [name for name in ("rollout", "learn", "publish", "record", "eval") if f"seconds/{name}" in lines[-1]]

@@ -177,7 +177,7 @@ class _Sessions:
         await self._stack.aclose()
 
     async def call(self, call: ToolCall) -> ToolResult:
-        """Answer a call; whatever goes wrong is a text for the policy."""
+        """Answer a call. What the policy did wrong is a text for it; a tool that raises cannot run here at all."""
         if call.error is not None:
             return ToolResult(text=call.error, ok=False)
         started = time.perf_counter()

@@ -23,7 +23,9 @@ from rlsys.scratch import build_scratch_model
 from rlsys.stages import STAGES, Interrupted, Run
 
 
-def train(config: Config, *, resume: bool = False, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: bool = False, fresh: bool = False, console: Console | None = None
+) -> dict[str, Any]:
     """Run all stages and return the summary.
 
     Raises:
@@ -33,6 +35,11 @@ def train(config: Config, *, resume: bool = False, fresh: bool = False, console:
     console = console or Console()
     check(config)
     directory = RunDirectory.open(config, resume=resume, fresh=fresh)
+    if cluster.in_job() and not directory.folder.is_absolute():
+        console.say(
+            f"warning: this job runs in a temporary folder, and so does {directory.folder}: its results go with it; "
+            "set run_dir to an absolute path that the nodes share"
+        )
     try:
         return asyncio.run(_train(config, directory, console, resume=resume))
     finally:
@@ -73,7 +80,9 @@ async def _train(config: Config, directory: RunDirectory, console: Console, *, r
     model = _starting_model(config, directory.folder)
     unfinished = [stage for stage in config.stages if directory.finished_model(stage) is None]
     if resume and not unfinished:
-        raise CheckpointError(f"{directory.folder} is finished: all of {config.stages} are done; begin anew with --fresh")
+        raise CheckpointError(
+            f"{directory.folder} is finished: all of {config.stages} are done; begin anew with --fresh"
+        )
     stop = asyncio.Event()
     run = Run(config=config, directory=directory, console=console, stop=stop)
     with console.waiting("starting Ray"):

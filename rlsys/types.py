@@ -44,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What one engine call wrote: `tokens` [T] with `logprobs` [T] and the `versions` [T] of the weights that wrote them.
+    """What one engine call wrote: `tokens`, `logprobs` and the `versions` of the weights that wrote them, each [T].
 
     `text` is the decoded output; `finish_reason` is "stop" (end of turn), "stop_string" or "length".
     Never leaves the actor process.

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
 from rlsys.errors import WeightSyncError
 
 GLOO_BACKEND = "rlsys_gloo"
 NCCL_BACKEND = "rlsys_nccl"
+_TABLE_WIDTH = 1021  # a prime: rows and columns of a weight matrix never line up with those of the checksum's table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,41 +35,53 @@ class WeightGroup:
     world_size: int
 
 
-def join_gloo_group(group: WeightGroup, *, rank: int, seconds: float) -> dist.ProcessGroup:
-    """Meet the others, apart from whatever default process group this process has; collectives time out after `seconds`."""
+def join_gloo_group(group: WeightGroup, *, rank: int, seconds: float) -> ProcessGroupGloo:
+    """Meet the others, apart from any default process group that this process has.
+
+    Collectives time out after `seconds`.
+    """
     timeout = timedelta(seconds=seconds)
-    store = dist.TCPStore(
-        group.master_address, group.master_port, group.world_size, is_master=rank == 0, timeout=timeout
-    )
-    return dist.ProcessGroupGloo(dist.PrefixStore("rlsys-weights", store), rank, group.world_size, timeout)
+    store = TCPStore(group.master_address, group.master_port, group.world_size, is_master=rank == 0, timeout=timeout)
+    return ProcessGroupGloo(PrefixStore("rlsys-weights", store), rank, group.world_size, timeout)
 
 
-def broadcast(tensor: Tensor, group: dist.ProcessGroup) -> None:
+def broadcast(tensor: Tensor, group: ProcessGroupGloo) -> None:
     """Send (rank 0) or receive one contiguous tensor, as bytes because gloo does not know every number format."""
-    options = dist.BroadcastOptions()
+    options = BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([tensor.view(-1).view(torch.uint8)], options).wait()
+    group.broadcast([tensor.view(-1).view(torch.uint8)], options).wait()  # type: ignore[attr-defined]
 
 
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of the bytes that also sees swapped blocks; two passes at memory speed, on any device.
 
-    The bytes are laid out as a table of 64-bit words; column and row sums are weighted by their positions, modulo 2^64.
+    The bytes are laid out as a table of 64-bit words. Its column sums, its row sums and what does not fill a row are
+    scrambled, each with its position, and added up, all modulo 2^64. Sums that were only weighted by their positions
+    would lose the topmost bits, which are signs of numbers.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
-    words = data[:whole].clone().view(torch.int64) if data.data_ptr() % 8 else data[:whole].view(torch.int64)
-    width = 1024
-    rows = words.numel() // width
-    table, rest = words[: rows * width].view(rows, width), words[rows * width :]
-    total = _weighted(table.sum(0)) + 0x9E3779B1 * _weighted(table.sum(1)) + 0x85EBCA77 * _weighted(rest)
-    total += 0xC2B2AE3D * _weighted(data[whole:].to(torch.int64)) + data.numel()
-    return int(total) & 0xFFFFFFFFFFFFFFFF
+    aligned = data.data_ptr() % 8 == 0 and data.storage_offset() % 8 == 0
+    words = (data[:whole] if aligned else data[:whole].clone()).view(torch.int64)
+    in_table = words.numel() // _TABLE_WIDTH * _TABLE_WIDTH
+    table, rest = words[:in_table].view(-1, _TABLE_WIDTH), words[in_table:]
+    size = torch.tensor([data.numel()], device=data.device)
+    parts = torch.cat([size, table.sum(0), table.sum(1), rest, data[whole:].to(torch.int64)])
+    position = torch.arange(parts.numel(), device=data.device, dtype=torch.int64)
+    return int(_scrambled(parts + position * 0x1E3779B97F4A7C15).sum()) & 0xFFFFFFFFFFFFFFFF
 
 
-def _weighted(values: Tensor) -> int:
-    return int((values * torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.int64)).sum())
+def _scrambled(values: Tensor) -> Tensor:
+    """A one-to-one map of 64-bit words in which every bit depends on every other (SplitMix64)."""
+    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
+    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """A logical right shift; torch's own drags the sign along."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def verify(sent: Mapping[str, int], received: Mapping[str, Mapping[str, int]], *, version: int) -> None:

@@ -1,164 +1,28 @@
-"""The stages of a run, each on one screen: what is started, what one step is, what is left behind.
-
-A stage takes a model folder and leaves one. It is resumable inside (from its newest valid checkpoint) and as a whole
-(a finished stage is not run again).
-"""
+"""Reinforcement learning with verifiable rewards: roll out, learn, publish, record."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from rlsys.chat import Chat
 from rlsys.checkpoint import CheckpointStore
-from rlsys.config import Config, RlConfig
-from rlsys.console import Console
-from rlsys.demonstrations import Demonstration
-from rlsys.errors import DataError, TrainingStalledError
+from rlsys.config import RlConfig
+from rlsys.errors import DataError
 from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
 from rlsys.loop import Loop, LoopState
 from rlsys.plugins import resolve
-from rlsys.records import RunDirectory
 from rlsys.rollout import mean_metrics
-from rlsys.types import Problem, Rollout, RolloutGroup, TrainBatch
-
-_T = TypeVar("_T")
-
-
-class Interrupted(Exception):
-    """The user asked the run to stop; what was done so far is in a checkpoint."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What every stage needs."""
-
-    config: Config
-    directory: RunDirectory
-    console: Console
-    stop: asyncio.Event
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def load_problems(config: Config, which: str) -> list[Problem]:
-    """The problems of `data.train` or `data.held_out`."""
-    plug_in = getattr(config.data, which)
-    problems: list[Problem] = resolve(plug_in.use, place=f"data.{which}.use")(**plug_in.options)
-    if not problems:
-        raise DataError(f"data.{which} gave no problem")
-    return problems
-
-
-def endless(items: Sequence[_T], *, seed: int, skip: int) -> Iterator[_T]:
-    """The items for ever, shuffled anew in each epoch; the order depends on the seed alone, so `skip` resumes it."""
-    first_epoch, offset = divmod(skip, len(items))
-    for epoch in itertools.count(first_epoch):
-        order = np.random.default_rng([seed, epoch]).permutation(len(items))
-        for index in order[offset if epoch == first_epoch else 0 :]:
-            yield items[int(index)]
-
-
-def to_rollout(demonstration: Demonstration, chat: Chat) -> Rollout:
-    """A demonstration on the token axis of a rollout, each segment tokenized by itself as a rollout would be."""
-    tokens = chat.render(demonstration.problem)
-    mask = [False] * len(tokens)
-    for text, trained in [*demonstration.segments, (chat.tokenizer.eos_token, True)]:
-        ids = chat.encode(text)
-        tokens += ids
-        mask += [trained] * len(ids)
-    return Rollout(
-        tokens=np.array(tokens, dtype=np.int32),
-        loss_mask=np.array(mask, dtype=np.bool_),
-        logprobs=np.zeros(len(tokens), dtype=np.float32),
-        versions=np.full(len(tokens), -1, dtype=np.int32),
-    )
-
-
-def assemble(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> TrainBatch:
-    """A batch with one advantage for all tokens of a rollout."""
-    return TrainBatch(
-        rollouts=tuple(rollouts),
-        advantages=tuple(
-            np.full(len(rollout), advantage, dtype=np.float32)
-            for rollout, advantage in zip(rollouts, advantages, strict=True)
-        ),
-        num_tokens=sum(rollout.num_trained_tokens for rollout in rollouts),
-    )
-
-
-# --- supervised fine-tuning ------------------------------------------------------------------------------------------
-
-
-async def sft(run: Run, model: Path) -> Path:
-    """Learn to imitate demonstrations."""
-    config, stage = run.config, run.config.sft
-    assert stage.demonstrations is not None
-    make = resolve(stage.demonstrations.use, place="sft.demonstrations.use")
-    demonstrations = make(load_problems(config, "train"), **stage.demonstrations.options)
-    chat = Chat.load(str(model), [], config.chat)
-    rollouts = [to_rollout(demonstration, chat) for demonstration in demonstrations]
-    store = CheckpointStore(run.directory.stage("sft") / "checkpoints", keep=1)
-    async with AsyncExitStack() as stack:
-        with run.console.waiting(f"starting {config.learners.count} learner ranks"):
-            learners = await LearnerGroup.start(
-                config,
-                str(model),
-                optimizer=stage.optimizer,
-                total_steps=stage.steps,
-                loss="rlsys.losses:cross_entropy",
-            )
-        stack.push_async_callback(learners.close)
-        checkpoint = store.newest(tell=run.console.say)
-        step = 0
-        if checkpoint is not None:
-            await learners.load(checkpoint.folder / "learner")
-            step = checkpoint.step
-            run.directory.forget_after("sft", step)
-            run.console.say(f"sft: going on from step {step} ({checkpoint.folder})")
-        with run.console.steps("sft", total=stage.steps, done=step) as progress:
-            while step < stage.steps:
-                batch = _sft_batch(rollouts, step, stage.demonstrations_per_step, config.seed)
-                metrics = await learners.step(batch, temperature=1.0)
-                check_finite(metrics, stage.optimizer.max_skipped_steps)
-                step += 1
-                run.directory.log("sft", step, metrics)
-                progress.advance(step, loss=metrics["loss"], lr=metrics["lr"])
-                if step % stage.checkpoint_every == 0 or run.stop.is_set():
-                    await save_checkpoint(store, learners, step, {})
-                if run.stop.is_set():
-                    raise Interrupted(f"sft step {step}")
-        left = run.directory.stage("sft") / "model"
-        await learners.export(left)
-    run.directory.update_summary(sft_steps=step)
-    return left
-
-
-def _sft_batch(rollouts: Sequence[Rollout], step: int, size: int, seed: int) -> TrainBatch:
-    """The batch of this step: the demonstrations in a new order each epoch, `size` at a time."""
-    stream = endless(rollouts, seed=seed, skip=step * size)
-    return assemble(list(itertools.islice(stream, size)), [0.0] * size)
-
-
-async def save_checkpoint(store: CheckpointStore, learners: LearnerGroup, step: int, state: dict[str, Any]) -> None:
-    """Write a whole checkpoint or none."""
-    draft = store.draft(step)
-    await learners.save(draft / "learner")
-    store.commit(draft, step=step, state=state)
-
-
-# --- reinforcement learning ------------------------------------------------------------------------------------------
+from rlsys.stages.common import Interrupted, Run, assemble, endless, load_problems, save_checkpoint
+from rlsys.stages.evaluation import evaluate
+from rlsys.types import Problem, Rollout, RolloutGroup
 
 
 async def rl(run: Run, model: Path) -> Path:
@@ -356,53 +220,3 @@ class _RlTrainer:
 def _gap_summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     gaps = [line["learner/logprob_gap"] for line in lines if "learner/logprob_gap" in line]
     return {"logprob_gap_mean": float(np.mean(gaps)), "logprob_gap_worst_step": float(max(gaps))} if gaps else {}
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-async def evaluate(
-    run: Run, fleet: RolloutFleet, problems: Sequence[Problem], *, stage: str, step: int
-) -> dict[str, float]:
-    """Measure the policy on these problems, record every rollout, return the means."""
-    settings = run.config.eval
-    chosen = problems[: settings.max_problems]
-    with run.console.counting(f"evaluating on {len(chosen)} held-out problems", total=len(chosen)) as tick:
-
-        async def measured(problem: Problem) -> RolloutGroup:
-            group = await fleet.act(
-                problem,
-                size=settings.samples_per_problem,
-                sampling=settings.sampling,
-                group_id=f"eval-{stage}-{step}-{problem.id}",
-            )
-            tick()
-            return group
-
-        groups = await asyncio.gather(*(measured(problem) for problem in chosen))
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    if not rollouts:
-        raise TrainingStalledError(f"none of the {len(chosen)} held-out problems could be measured: {groups[0].dropped}")
-    run.directory.write_rollouts(f"{stage}-eval-{step:06d}", groups)
-    missing = sum(count for group in groups for count in group.dropped.values())
-    metrics = {**mean_metrics(rollouts), "problems": float(len(chosen)), "not_measured": float(missing)}
-    run.directory.log(f"{stage}/eval", step, metrics)
-    run.console.say(
-        f"{stage} step {step}: held-out accuracy {metrics['accuracy']:.3f}, tool rate {metrics['tool_rate']:.2f}, "
-        f"{metrics['response_tokens']:.0f} tokens a response, {metrics['completed_ratio']:.2f} completed"
-    )
-    return metrics
-
-
-async def eval_(run: Run, model: Path) -> Path:
-    """Measure the model folder itself, as a user of the trained model would load it."""
-    async with AsyncExitStack() as stack:
-        with run.console.waiting(f"starting {run.config.actors.count} rollout engines with {model}"):
-            fleet = await RolloutFleet.start(run.config, str(model))
-        stack.push_async_callback(fleet.close)
-        metrics = await evaluate(run, fleet, load_problems(run.config, "held_out"), stage="eval", step=0)
-    run.directory.update_summary(accuracy=metrics["accuracy"], tool_rate=metrics["tool_rate"])
-    return model
-
-
-STAGES = {"sft": sft, "rl": rl, "eval": eval_}

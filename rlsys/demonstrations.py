@@ -1,0 +1,99 @@
+"""Program-written demonstrations for a short supervised cold start: what thinking and a tool call look like.
+
+They teach a form, not arithmetic: a small model that imitates the direct ones is mostly wrong, one that imitates the
+tool calls is mostly right. Which of the two to prefer is left for reinforcement learning to find out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlsys.errors import ConfigError, DataError
+from rlsys.types import Problem
+
+TOOL_OPENINGS = (
+    "Let me verify with Python.",
+    "Let me check with Python.",
+    "Wait, verify with Python.",
+    "I double check with Python.",
+    "However, check with Python.",
+)
+"""Thoughts in front of a call."""
+
+DIRECT_OPENINGS = (
+    "I can do this in my head:",
+    "Wait, I know this one:",
+    "However, this one is easy:",
+    "Let me check this in my head:",
+)
+"""Thoughts in front of an answer without a call."""
+
+CLOSINGS = ("", "Verified.", "Wait, yes.")
+"""Thoughts behind a result; empty means none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A problem and an assistant turn that solves it.
+
+    `segments` are (text, trained) in the order of the turn: tool output is not trained on. Each is tokenized by itself,
+    as in a rollout. The end of turn is not in them: append the tokenizer's `eos_token_id`, trained.
+    """
+
+    problem: Problem
+    segments: tuple[tuple[str, bool], ...]
+
+    @property
+    def text(self) -> str:
+        """The whole turn."""
+        return "".join(text for text, _ in self.segments)
+
+
+def arithmetic_demonstrations(
+    problems: Sequence[Problem], *, size: int, seed: int, tool_share: float = 0.5
+) -> list[Demonstration]:
+    """`size` demonstrations, of which `tool_share` call Python and the rest answer directly; all answers are true.
+
+    Problems need `metadata["expression"]`, a Python expression whose value is the answer (reasoning-gym's chain_sum and
+    products have one). They are gone through in a random order, again with new phrasings where `size` is larger.
+    """
+    if not problems or not 0 <= tool_share <= 1:
+        raise ConfigError(f"need problems and a tool_share in [0, 1], got {len(problems)} and {tool_share}")
+    generator = random.Random(seed)
+    order: list[Problem] = []
+    while len(order) < size:
+        order += generator.sample(problems, len(problems))
+    calls = [index < round(size * tool_share) for index in range(size)]
+    generator.shuffle(calls)
+    return [
+        Demonstration(problem=problem, segments=(_call if call else _direct)(problem, generator))
+        for problem, call in zip(order, calls, strict=False)
+    ]
+
+
+def _call(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool], ...]:
+    """A Python call, its result (not trained) and the answer."""
+    opening, closing = generator.choice(TOOL_OPENINGS), generator.choice(CLOSINGS)
+    return (
+        (f"<think>\n{opening}\n```python\n{_expression(problem)}\n```\n", True),
+        (f"```output\n{problem.answer}\n```\n", False),
+        (f"{closing}</think>\n\\boxed{{{problem.answer}}}", True),
+    )
+
+
+def _direct(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool], ...]:
+    """The result from the head, then the answer as behind a call."""
+    opening, closing = generator.choice(DIRECT_OPENINGS), generator.choice(CLOSINGS)
+    return ((f"<think>\n{opening} {problem.answer}\n{closing}</think>\n\\boxed{{{problem.answer}}}", True),)
+
+
+def _expression(problem: Problem) -> str:
+    expression = problem.metadata.get("expression")
+    if not isinstance(expression, str) or problem.answer is None:
+        raise DataError(
+            f"problem {problem.id!r} has no metadata['expression'] or no answer; "
+            "use tasks that have both, such as reasoning-gym's chain_sum and products"
+        )
+    return expression

@@ -1,0 +1,341 @@
+"""The math reward: what counts as an answer, what counts as equal, and what cannot hang it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlsys.interfaces import RewardResult
+from rlsys.rewards import math as reward_math
+from rlsys.rewards.math import MathReward, compare_exactly, exact_value, find_answer, find_boxed, normalize
+from rlsys.rewards.pool import WorkerError, WorkerPool
+from rlsys.types import Problem, Rollout
+
+EMPTY = Rollout(
+    tokens=np.zeros(0, np.int32),
+    loss_mask=np.zeros(0, np.bool_),
+    logprobs=np.zeros(0, np.float32),
+    versions=np.zeros(0, np.int32),
+)
+
+
+def problem(answer: str | None) -> Problem:
+    return Problem(id="p7", prompt=({"role": "user", "content": "?"},), answer=answer)
+
+
+def grade(reward: MathReward, *pairs: tuple[str, str]) -> list[str]:
+    """The statuses of `(gold, response)` pairs, graded all at once."""
+
+    async def main() -> list[RewardResult]:
+        return await asyncio.gather(*(reward.score(problem(gold), response, EMPTY) for gold, response in pairs))
+
+    results = asyncio.run(main())
+    assert all(result.score == (reward.correct if result.status == "correct" else reward.wrong) for result in results)
+    return [result.status for result in results]
+
+
+def worker_ids(reward: MathReward) -> list[int]:
+    return [worker._process.pid for worker in reward._pool._living]
+
+
+def sleeper(folder: Path) -> Path:
+    """A worker program that takes a second to start and then sleeps as long as it is told."""
+    program = folder / "sleeper.py"
+    program.write_text(
+        "import json, sys, time\ntime.sleep(1.0)\nprint('ready', flush=True)\n"
+        "for line in sys.stdin:\n    time.sleep(float(json.loads(line)['seconds']))\n    print('done', flush=True)\n"
+    )
+    return program
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_ended(pids: list[int]) -> bool:
+    end = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[MathReward]:
+    """One reward for all tests that only ask, so that its worker is warm; a deadline that a busy machine can keep."""
+    shared = MathReward(timeout_seconds=20.0)
+    yield shared
+    shared.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{1} and finally \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        (r"\boxed{4} and then \boxed{5", "4"),
+        (r"{ } } \boxed{6}", "6"),
+        (r"\\\boxed{7}", "7"),
+        (r"\boxed{8} \\boxed{7}", "8"),
+        (r"<answer>1</answer> <answer>2</answer> the answer is 3", "2"),
+        (r"<answer>1</answer> \boxed{9}", "9"),
+        ("The answer is 3. I hope it is correct.", "3"),
+        ("The answer is 3.5.", "3.5"),
+        ("The final answer is: $\\frac12$ because", r"\frac12"),
+        ("Answer: \\(x+1\\) and more", "x+1"),
+        ("The answer is 1.\nNo, the answer is 2\nbye", "2"),
+    ],
+)
+def test_the_answer_is_the_last_box_then_the_last_tag_then_the_last_phrase(response: str, answer: str) -> None:
+    assert find_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    "response", ["", "no idea", r"\boxed{1", r"boxed{1}", "<answer>1", "</answer>1<answer>", "}}}{"]
+)
+def test_a_response_without_an_answer_has_none(response: str, reward: MathReward) -> None:
+    assert find_answer(response) is None
+    assert grade(reward, ("1", response)) == ["no_answer"]
+
+
+def test_an_empty_box_is_no_answer(reward: MathReward) -> None:
+    assert grade(reward, ("1", r"\boxed{}"), ("1", r"\boxed{ $ }"), ("1", "<answer> </answer>")) == ["no_answer"] * 3
+
+
+def test_strict_counts_only_a_box() -> None:
+    strict = MathReward(strict=True, correct=2.0, wrong=-1.0)
+    assert grade(strict, ("1", "the answer is 1"), ("1", "<answer>1</answer>"), ("1", r"\boxed{1}")) == [
+        "no_answer",
+        "no_answer",
+        "correct",
+    ]
+
+
+def test_a_flood_of_braces_is_read_in_one_pass() -> None:
+    assert find_boxed(r"\boxed{" * 50_000) is None
+    assert find_boxed(r"\boxed{" * 50_000 + "1" + "}" * 50_000) == "1"
+    assert find_answer("<answer>" * 50_000 + "answer is " * 50_000 + " " * 50_000) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("-3", "-3"),
+        ("+1,024.50", "1024.5"),
+        (".5", "1/2"),
+        ("5.", "5"),
+        ("6/8", "3/4"),
+        (r"-\frac{5}{6}", "-5/6"),
+        (r"\dfrac56", "5/6"),
+        (r"1\frac{1}{2}", "3/2"),
+        ("-2 1/2", "-5/2"),
+        ("007", "7"),
+    ],
+)
+def test_plain_numbers_have_an_exact_value(text: str, value: str) -> None:
+    assert str(exact_value(text)) == str(exact_value(value))
+    assert exact_value(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1/0", "1e9", "1e999999999", "1,2", "1,0000", "x", "1 2", "2 3/2", "٣", "9" * 201, "--1", "1%"]
+)
+def test_everything_else_has_none(text: str) -> None:
+    assert exact_value(text) is None
+
+
+def test_exact_comparison_leaves_what_rounding_may_decide_to_the_worker() -> None:
+    assert compare_exactly("0.5", r"\frac12") is True
+    assert compare_exactly("1/3", "0.33") is False
+    assert compare_exactly("1/3", "0.3333333") is None
+    assert compare_exactly("10000001", "10000002") is False
+    assert compare_exactly("x", "1") is None
+
+
+def test_delimiters_and_common_signs_are_normalized() -> None:
+    spellings = ["$5$", r"\(5\)", r"\[ 5 \]", "$$5$$", "5.", " **5** ", r"\$5", "$5"]
+    assert [normalize(each) for each in spellings] == ["5"] * len(spellings)
+    assert normalize("−½") == "-1/2" or exact_value(normalize("−½")) == exact_value("-1/2")  # noqa: RUF001
+    assert exact_value(normalize("1½")) == exact_value("3/2")
+    assert normalize(r"10\,000") == "10000"
+    assert normalize("10{,}000") == "10,000"
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "status"),
+    [
+        ("1/2", r"\boxed{0.5}", "correct"),
+        (r"$\frac{1}{2}$", r"\boxed{\dfrac{2}{4}}", "correct"),
+        (r"so \boxed{12}", r"\boxed{12.0}", "correct"),
+        ("x^2 + 1", r"\boxed{1 + x^2}", "correct"),
+        (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", "correct"),
+        (r"\sqrt{2}", r"\boxed{√2}", "correct"),
+        (r"2\pi", r"\boxed{2π}", "correct"),
+        ("0.5", r"\boxed{50\%}", "correct"),
+        (r"50\%", r"\boxed{50%}", "correct"),
+        (r"\{1, 2\}", r"\boxed{\{2, 1\}}", "correct"),
+        ("5", r"the answer is $x = 5$.", "correct"),
+        (r"\text{blue}", r"\boxed{\text{blue}}", "correct"),
+        ("3", r"\boxed{4}", "wrong"),
+        ("x", r"\boxed{y}", "wrong"),
+        (r"\sqrt{2}", r"\boxed{1.41}", "wrong"),
+        ("7", r"\boxed{\frac{1}{0}}", "wrong"),
+        ("7", r"\boxed{" + "7" * 5000 + "}", "wrong"),
+        ("7", r"\boxed{\frac{}}", "wrong"),
+        ("7", r"\boxed{七 \u0000 🙂}", "wrong"),
+        ("7", "\\boxed{\ud800\n\x00}", "wrong"),
+    ],
+)
+def test_equal_answers_are_correct_and_others_wrong(reward: MathReward, gold: str, response: str, status: str) -> None:
+    assert grade(reward, (gold, response)) == [status]
+
+
+@pytest.mark.parametrize("answer", [None, "", "  "])
+def test_a_problem_without_an_answer_is_an_error_that_names_it(reward: MathReward, answer: str | None) -> None:
+    with pytest.raises(ValueError, match="p7"):
+        asyncio.run(reward.score(problem(answer), r"\boxed{1}", EMPTY))
+
+
+def test_a_worker_that_is_killed_is_an_error_and_is_replaced(reward: MathReward) -> None:
+    assert grade(reward, ("x+1", r"\boxed{1+x}")) == ["correct"]
+    (pid,) = worker_ids(reward)
+    os.kill(pid, signal.SIGKILL)
+    assert grade(reward, ("x+2", r"\boxed{2+x}")) == ["error"]
+    assert grade(reward, ("x+2", r"\boxed{2+x}")) == ["correct"]
+    assert worker_ids(reward) != [pid]
+
+
+def test_one_worker_is_used_again_from_any_thread_and_event_loop(reward: MathReward) -> None:
+    statuses: list[str] = []
+    assert grade(reward, ("x+3", r"\boxed{3+x}")) == ["correct"]
+    before = worker_ids(reward)
+    pair = ("x+4", r"\boxed{4+x}")
+    threads = [threading.Thread(target=lambda: statuses.extend(grade(reward, pair))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert statuses == ["correct"] * 4
+    assert worker_ids(reward) == before
+
+
+def test_plain_numbers_need_no_worker() -> None:
+    idle = MathReward()
+    assert grade(idle, ("12", r"\boxed{12}"), ("1/3", r"\boxed{2/3}")) == ["correct", "wrong"]
+    assert worker_ids(idle) == []
+    idle.close()
+
+
+def test_hostile_answers_end_at_the_deadline_and_the_next_one_is_graded() -> None:
+    hostile = [r"9^{9^{9^9}}", r"(10^{10^8})!", "(" * 300 + "5" + ")" * 300]
+    short = MathReward(timeout_seconds=0.5, num_workers=2)
+    statuses = grade(short, *(("5", rf"\boxed{{{each}}}") for each in hostile))
+    assert statuses[:2] == ["timeout", "timeout"]
+    assert statuses[2] in {"timeout", "wrong", "error"}
+    short._pool._timeout_seconds = 20.0
+    assert grade(short, ("x+1", r"\boxed{1+x}")) == ["correct"]
+    short.close()
+
+
+def test_the_deadline_covers_neither_the_start_nor_the_queue(tmp_path: Path) -> None:
+    async def main() -> tuple[list[str], int]:
+        pool, ticks = WorkerPool(sleeper(tmp_path), num_workers=1, timeout_seconds=1.0), 0
+        tasks = [asyncio.create_task(pool.ask({"seconds": "0.3"})) for _ in range(5)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.01)
+            ticks += 1
+        pool.close()
+        return await asyncio.gather(*tasks), ticks
+
+    replies, ticks = asyncio.run(main())
+    assert replies == ["done"] * 5
+    assert ticks > 50  # and the event loop went on
+
+
+def test_a_pool_past_its_deadline_kills_and_goes_on(tmp_path: Path) -> None:
+    async def main() -> tuple[list[int], str]:
+        pool = WorkerPool(sleeper(tmp_path), num_workers=1, timeout_seconds=1.0)
+        hung = asyncio.create_task(pool.ask({"seconds": "600"}))
+        while not pool._living:
+            await asyncio.sleep(0.01)
+        pids = [worker._process.pid for worker in pool._living]
+        with pytest.raises(TimeoutError):
+            await hung
+        reply = await pool.ask({"seconds": "0"})
+        pool.close()
+        return pids, reply
+
+    pids, reply = asyncio.run(main())
+    assert reply == "done"
+    assert wait_until_ended(pids)
+
+
+def test_close_ends_the_workers_even_in_the_middle(tmp_path: Path) -> None:
+    async def main() -> tuple[str, list[int]]:
+        pool = WorkerPool(sleeper(tmp_path), num_workers=2, timeout_seconds=60.0)
+        await pool.ask({"seconds": "0"})
+        task = asyncio.create_task(pool.ask({"seconds": "600"}))
+        await asyncio.sleep(0.3)
+        pids = [worker._process.pid for worker in pool._living]
+        pool.close()
+        with pytest.raises(WorkerError, match="closed"):
+            await pool.ask({"seconds": "0"})
+        return await task, pids
+
+    reply, pids = asyncio.run(main())
+    assert reply == ""
+    assert len(pids) == 1
+    assert wait_until_ended(pids)
+
+
+def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path: Path) -> None:
+    program = tmp_path / "broken.py"
+    program.write_text("print('no module named sums')")
+    pool = WorkerPool(program, num_workers=1, timeout_seconds=1.0)
+    with pytest.raises(WorkerError, match="no module named sums"):
+        asyncio.run(pool.ask({}))
+    pool.close()
+
+
+@pytest.mark.parametrize("ending", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_no_worker_survives_its_process_however_that_ends(ending: str) -> None:
+    root = Path(reward_math.__file__).resolve().parents[1]
+    program = f"""
+import asyncio, os, pathlib, signal, threading
+from rlsys.rewards.pool import WorkerPool
+pool = WorkerPool(pathlib.Path("rewards/math_worker.py"), num_workers=1, timeout_seconds=1.0)
+async def ask():
+    await pool.ask({{"gold": "5", "answer": "9^{{9^{{9^9}}}}"}})
+threading.Thread(target=asyncio.run, args=(ask(),)).start()
+while not pool._living or not next(iter(pool._living))._ready:
+    pass
+print(*(worker._process.pid for worker in pool._living), flush=True)
+{ending}
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 1, done.stderr
+    assert wait_until_ended(pids)
+
+
+def test_options_without_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="timeout_seconds"):
+        MathReward(timeout_seconds=0)
+    with pytest.raises(ValueError, match="num_workers"):
+        MathReward(num_workers=0)

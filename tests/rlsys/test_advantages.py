@@ -1,0 +1,63 @@
+"""Advantages: golden numbers worked by hand, and what holds for any rewards."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.advantages import dr_grpo, grpo, rloo
+
+REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 3.0])  # mean 1, squared distances 0 1 1 0 4, variance 6 / 5
+groups = st.lists(st.floats(-10, 10), min_size=2, max_size=16).map(np.array)
+
+
+def test_grpo_golden_numbers() -> None:
+    # (r - 1) / sqrt(1.2): 0, -0.912871, -0.912871, 0, 1.825742
+    assert grpo(REWARDS) == pytest.approx([0.0, -0.912871, -0.912871, 0.0, 1.825742], abs=1e-6)
+    # One right of four: mean 1/4, variance 3/16; (1 - 1/4) / (sqrt(3) / 4) = sqrt(3), (0 - 1/4) * 4 / sqrt(3) = -1/sqrt(3)
+    expected = [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]
+    assert grpo(np.array([1.0, 0.0, 0.0, 0.0])) == pytest.approx(expected)
+
+
+def test_dr_grpo_golden_numbers() -> None:
+    assert dr_grpo(REWARDS).tolist() == [0.0, -1.0, -1.0, 0.0, 2.0]
+
+
+def test_rloo_golden_numbers() -> None:
+    # Each minus the mean of the other four: 1 - 4/4, 0 - 5/4, 0 - 5/4, 1 - 4/4, 3 - 2/4
+    assert rloo(REWARDS) == pytest.approx([0.0, -1.25, -1.25, 0.0, 2.5])
+
+
+@given(groups)
+def test_rloo_is_each_reward_minus_the_mean_of_the_others(rewards: np.ndarray) -> None:
+    by_hand = [reward - np.delete(rewards, index).mean() for index, reward in enumerate(rewards)]
+    assert rloo(rewards) == pytest.approx(by_hand, abs=1e-9)
+
+
+@given(groups)
+def test_all_advantages_of_a_group_sum_to_zero(rewards: np.ndarray) -> None:
+    for advantage in (grpo, dr_grpo, rloo):
+        assert advantage(rewards).shape == rewards.shape
+        assert np.abs(advantage(rewards).sum()) < 1e-4
+
+
+@given(st.floats(-10, 10), st.integers(2, 16))
+def test_equal_rewards_give_no_credit_and_no_warning(reward: float, size: int) -> None:
+    rewards = np.full(size, reward)
+    with np.errstate(divide="raise", invalid="raise"):
+        assert not grpo(rewards).any()
+    for advantage in (dr_grpo, rloo):
+        assert advantage(rewards) == pytest.approx(np.zeros(size), abs=1e-12)
+
+
+@given(groups, st.floats(0.5, 4.0), st.floats(-5, 5))
+def test_grpo_does_not_see_the_scale_or_the_offset_of_the_rewards(rewards: np.ndarray, scale: float, by: float) -> None:
+    if rewards.std() > 1e-3:
+        assert grpo(rewards * scale + by) == pytest.approx(grpo(rewards), abs=1e-6)
+
+
+def test_rloo_of_a_single_rollout_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 siblings, got 1"):
+        rloo(np.array([1.0]))

@@ -1,0 +1,463 @@
+"""The agent loop with a scripted engine: what is trained on, what the budgets allow, how it is graded."""
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlsys.chat import Chat
+from rlsys.config import SamplingConfig
+from rlsys.interfaces import RewardResult, Session, ToolResult
+from rlsys.rollout import RewardFailedError, RewardTerm, mean_metrics, run_rollout
+from rlsys.scratch import byte_tokenizer
+from rlsys.types import Completion, Problem, Rollout
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.eos_token_id
+PROBLEM = Problem(id="p", prompt=({"role": "user", "content": "1 + 1?"},), answer="2")
+CALL = "I check.\n```python\n1 + 1\n```\n"
+
+
+class FakeEngine:
+    """Writes the scripted texts, one for each call, or ids where a script entry is a list; stops as a real one would.
+
+    Log-probs count down from -0.001 over the whole rollout, versions are `version` and go up by one after each call.
+    """
+
+    def __init__(self, *script: str | list[int], version: int = 5) -> None:
+        self.script = list(script)
+        self.version = version
+        self.prompts: list[list[int]] = []
+        self.samplings: list[dict[str, Any]] = []
+        self.written: list[list[int]] = []
+
+    async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
+        await asyncio.sleep(0)
+        self.prompts.append(list(prompt))
+        self.samplings.append(dict(sampling))
+        said = self.script.pop(0)
+        ids = said if isinstance(said, list) else TOKENIZER.encode(said, add_special_tokens=False)
+        ids = ids[: sampling["max_tokens"]]
+        text = TOKENIZER.decode([token for token in ids if token != END])
+        ends = ids[-1] == END
+        stops = any(text.endswith(stop) for stop in sampling["stop"])
+        already = sum(map(len, self.written))
+        self.written.append(list(ids))
+        self.version += 1
+        return Completion(
+            tokens=np.array(ids, dtype=np.int32),
+            logprobs=-(np.arange(len(ids), dtype=np.float32) + already + 1) / 1000,
+            versions=np.full(len(ids), self.version - 1, dtype=np.int32),
+            text=text,
+            finish_reason="stop" if ends else "stop_string" if stops else "length",
+        )
+
+
+class FakeTool:
+    """Answers every call with the same text and keeps count of its sessions."""
+
+    name, description = "python", "runs code"
+    parameters: Mapping[str, Any] = {"type": "object"}  # noqa: RUF012
+
+    def __init__(self, text: str = "2", *, error: Exception | None = None) -> None:
+        self.text, self.error = text, error
+        self.opened: list[str] = []
+        self.closed = 0
+        self.calls: list[Any] = []
+
+    async def open(self, rollout_id: str) -> Session:
+        self.opened.append(rollout_id)
+        return self
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        self.calls.append(arguments["code"])
+        if self.error is not None:
+            raise self.error
+        return ToolResult(text=self.text, ok="rror" not in self.text)
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+def zero(problem: Problem, response: str) -> float:  # noqa: ARG001
+    return 0.0
+
+
+def run(
+    engine: FakeEngine,
+    *,
+    tool: FakeTool | None = None,
+    reward: Any = zero,
+    max_model_tokens: int = 512,
+    tool_format: str = "fenced",
+    **sampling: Any,
+) -> Rollout | None:
+    chat = Chat(TOKENIZER, [] if tool is None else [tool], tool_format=tool_format)
+    terms = reward if isinstance(reward, list) else [RewardTerm(name="reward", weight=1.0, reward=reward)]
+    return asyncio.run(
+        run_rollout(
+            PROBLEM,
+            engine=engine,
+            chat=chat,
+            rewards=terms,
+            sampling=SamplingConfig(**sampling),
+            max_model_tokens=max_model_tokens,
+            rollout_id="group-0",
+        )
+    )
+
+
+def finished(rollout: Rollout | None) -> Rollout:
+    assert rollout is not None
+    return rollout
+
+
+PROMPT = Chat(TOKENIZER, []).render(PROBLEM)
+OUTPUT = TOKENIZER.encode("```output\n2\n```\n", add_special_tokens=False)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ids_that_train_are_those_that_were_generated() -> None:
+    # "the" spelt byte by byte and " the" as one word: re-encoding the text would give other ids.
+    spelt = [*(TOKENIZER.encode(letter, add_special_tokens=False)[0] for letter in " the"), END]
+    assert TOKENIZER.encode(TOKENIZER.decode(spelt[:-1]), add_special_tokens=False) != spelt[:-1]
+    rollout = finished(run(FakeEngine(spelt)))
+    assert rollout.tokens[rollout.loss_mask].tolist() == spelt
+    assert rollout.response == " the"
+
+
+def test_prompt_calls_and_output_lie_on_one_axis_and_only_what_was_written_trains() -> None:
+    engine, tool = FakeEngine(CALL, "So \\boxed{2}<|im_end|>"), FakeTool()
+    rollout = finished(run(engine, tool=tool))
+    first, second = engine.written
+    assert rollout.tokens.tolist() == [*PROMPT, *first, *OUTPUT, *second]
+    assert rollout.loss_mask.tolist() == [
+        *[False] * len(PROMPT),
+        *[True] * len(first),
+        *[False] * len(OUTPUT),
+        *[True] * len(second),
+    ]
+    assert tool.calls == ["1 + 1"]
+    assert rollout.finish_reason == "stop"
+    assert rollout.response == CALL + "So \\boxed{2}"
+    assert rollout.transcript == TOKENIZER.decode(rollout.tokens.tolist())
+    assert rollout.metrics["tool_calls"] == 1
+    assert rollout.metrics["tool_errors"] == 0
+
+
+def test_what_was_not_generated_has_version_minus_one_and_log_prob_zero() -> None:
+    engine = FakeEngine(CALL, "\\boxed{2}<|im_end|>")
+    rollout = finished(run(engine, tool=FakeTool()))
+    read = ~rollout.loss_mask
+    assert set(rollout.versions[read].tolist()) == {-1}
+    assert not rollout.logprobs[read].any()
+    assert (rollout.logprobs[rollout.loss_mask] < 0).all()
+
+
+def test_every_token_keeps_its_own_log_prob_and_version() -> None:
+    engine = FakeEngine(CALL, "\\boxed{2}<|im_end|>", version=7)
+    rollout = finished(run(engine, tool=FakeTool()))
+    first, second = map(len, engine.written)
+    mine = rollout.loss_mask
+    assert rollout.versions[mine].tolist() == [7] * first + [8] * second
+    assert rollout.logprobs[mine] == pytest.approx([-(k + 1) / 1000 for k in range(first + second)])
+    assert rollout.first_version == 7
+
+
+def test_the_next_call_of_the_engine_sees_exactly_the_tokens_so_far() -> None:
+    engine = FakeEngine(CALL, CALL, "done<|im_end|>")
+    rollout = finished(run(engine, tool=FakeTool()))
+    for prompt in engine.prompts:
+        assert prompt == rollout.tokens[: len(prompt)].tolist()
+    assert engine.prompts[0] == PROMPT
+    assert engine.prompts[1] == [*PROMPT, *engine.written[0], *OUTPUT]
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_that_is_no_call_goes_on_with_the_same_turn() -> None:
+    engine = FakeEngine("```text\nplan\n```\n", "```python\n1 + 1\n```\n", "done<|im_end|>")
+    tool = FakeTool()
+    rollout = finished(run(engine, tool=tool))
+    assert tool.calls == ["1 + 1"]
+    assert rollout.finish_reason == "stop"
+    assert rollout.tokens[rollout.loss_mask].tolist() == sum(engine.written, [])
+
+
+def test_a_block_that_an_earlier_stop_string_cut_off_is_still_read_from_its_beginning() -> None:
+    # A stop string that is no call ends the first part; what the policy wrote next belongs to the same turn.
+    engine = FakeEngine("```text\n\n```\n", "and ```python\n1\n```\n", "end<|im_end|>")
+    tool = FakeTool()
+    run(engine, tool=tool)
+    assert tool.calls == ["1"]
+
+
+def test_output_that_looks_like_a_call_is_not_called() -> None:
+    engine = FakeEngine(CALL, "\n```\n", "end<|im_end|>")
+    tool = FakeTool("```python\nimport os")
+    rollout = finished(run(engine, tool=tool))
+    assert tool.calls == ["1 + 1"]
+    assert rollout.finish_reason == "stop"
+
+
+def test_a_session_is_opened_by_the_first_call_kept_for_the_next_and_closed_at_the_end() -> None:
+    tool = FakeTool()
+    run(FakeEngine(CALL, CALL, "done<|im_end|>"), tool=tool)
+    assert (tool.opened, tool.closed, len(tool.calls)) == (["group-0"], 1, 2)
+
+
+def test_without_a_call_no_session_is_opened() -> None:
+    tool = FakeTool()
+    run(FakeEngine("2<|im_end|>"), tool=tool)
+    assert (tool.opened, tool.closed) == ([], 0)
+
+
+def test_sessions_are_closed_where_the_tool_or_the_engine_fails() -> None:
+    tool = FakeTool(error=RuntimeError("the host has no user namespaces"))
+    with pytest.raises(RuntimeError, match="user namespaces"):
+        run(FakeEngine(CALL, "done<|im_end|>"), tool=tool)
+    assert (len(tool.opened), tool.closed) == (1, 1)
+    tool = FakeTool()
+    with pytest.raises(IndexError):
+        run(FakeEngine(CALL), tool=tool)
+    assert (len(tool.opened), tool.closed) == (1, 1)
+
+
+def test_sessions_are_closed_where_the_rollout_is_cancelled() -> None:
+    tool = FakeTool()
+    waiting = asyncio.Event()
+
+    class Hanging(FakeEngine):
+        async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
+            if not self.script:
+                waiting.set()
+                await asyncio.Event().wait()
+            return await super().generate(prompt, sampling=sampling)
+
+    async def main() -> None:
+        chat = Chat(TOKENIZER, [tool])
+        sampling = SamplingConfig()
+        task = asyncio.create_task(
+            run_rollout(
+                PROBLEM,
+                engine=Hanging(CALL),
+                chat=chat,
+                rewards=[],
+                sampling=sampling,
+                max_model_tokens=512,
+                rollout_id="r",
+            )
+        )
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert (len(tool.opened), tool.closed) == (1, 1)
+
+
+def test_a_call_of_a_tool_that_is_not_there_is_read_as_an_error() -> None:
+    other = FakeTool()
+    other.name = "search"
+    rollout = finished(run(FakeEngine(CALL, "sorry<|im_end|>"), tool=other))
+    assert "There is no tool 'python'. Tools: search." in rollout.transcript
+    assert (rollout.metrics["tool_calls"], rollout.metrics["tool_errors"], other.opened) == (1, 1, [])
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_of_tokens_holds_for_generated_text() -> None:
+    engine = FakeEngine("a" * 400 + "<|im_end|>")
+    rollout = finished(run(engine, max_response_tokens=40))
+    assert len(rollout) == len(PROMPT) + 40
+    assert rollout.finish_reason == "length"
+    assert engine.samplings[0]["max_tokens"] == 40
+
+
+def test_the_budget_of_tokens_holds_for_tool_output() -> None:
+    engine = FakeEngine(CALL, "never<|im_end|>")
+    rollout = finished(run(engine, tool=FakeTool("9" * 1000), max_response_tokens=60))
+    assert len(rollout) == len(PROMPT) + 60
+    assert rollout.num_trained_tokens == len(engine.written[0])
+    assert rollout.finish_reason == "length"
+    assert len(engine.prompts) == 1
+
+
+def test_the_budget_is_what_is_left_after_each_turn() -> None:
+    engine = FakeEngine(CALL, "done<|im_end|>")
+    run(engine, tool=FakeTool(), max_response_tokens=100)
+    assert engine.samplings[1]["max_tokens"] == 100 - len(engine.written[0]) - len(OUTPUT)
+
+
+def test_the_context_limits_the_budget() -> None:
+    engine = FakeEngine("a" * 400)
+    rollout = finished(run(engine, max_response_tokens=200, max_model_tokens=len(PROMPT) + 7))
+    assert len(rollout) == len(PROMPT) + 7
+
+
+def test_a_stop_string_at_the_very_end_of_the_budget_ends_the_rollout() -> None:
+    ids = TOKENIZER.encode("```text\nplan\n```\n", add_special_tokens=False)
+    rollout = finished(run(FakeEngine(ids), tool=FakeTool(), max_response_tokens=len(ids)))
+    assert rollout.finish_reason == "length"
+
+
+def test_a_prompt_that_leaves_no_room_gives_none() -> None:
+    engine = FakeEngine("a<|im_end|>")
+    assert run(engine, max_model_tokens=len(PROMPT)) is None
+    assert run(engine, max_model_tokens=len(PROMPT) - 5) is None
+    assert not engine.prompts
+    assert run(engine, max_model_tokens=len(PROMPT) + 1) is not None
+
+
+def test_the_budget_of_tool_calls_holds() -> None:
+    tool = FakeTool()
+    engine = FakeEngine(*[CALL] * 10)
+    rollout = finished(run(engine, tool=tool, max_tool_calls=3, max_response_tokens=400))
+    assert len(tool.calls) == 3
+    assert rollout.finish_reason == "turns"
+    assert rollout.loss_mask[-1], "the call that was not answered is the end"
+    assert len(engine.prompts) == 4
+
+
+def test_the_engine_is_given_the_sampling_and_where_to_stop() -> None:
+    engine = FakeEngine("a<|im_end|>")
+    run(engine, tool=FakeTool(), temperature=0.7, top_p=0.9)
+    assert engine.samplings[0] == {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256, "stop": ["\n```\n"]}
+
+
+# --- template tools --------------------------------------------------------------------------------------------------
+
+
+def test_template_calls_are_answered_between_turns() -> None:
+    said = '<tool_call>{"name": "python", "arguments": {"code": "1 + 1"}}</tool_call>'
+    engine = FakeEngine(f"{said}<|im_end|>", "2<|im_end|>")
+    tool = FakeTool()
+    rollout = finished(run(engine, tool=tool, tool_format="template"))
+    assert tool.calls == ["1 + 1"]
+    assert rollout.transcript.endswith(
+        f"assistant\n{said}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
+    )
+    assert rollout.tokens[rollout.loss_mask].tolist() == sum(engine.written, [])
+
+
+def test_several_calls_in_one_turn_count_against_the_budget_together() -> None:
+    said = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>' * 3
+    tool = FakeTool()
+    rollout = finished(run(FakeEngine(f"{said}<|im_end|>"), tool=tool, tool_format="template", max_tool_calls=2))
+    assert (rollout.finish_reason, tool.calls) == ("turns", [])
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+async def slowly(problem: Problem, response: str) -> float:
+    await asyncio.sleep(0)
+    return float(response == problem.answer)
+
+
+class ByTokens:
+    async def score(self, problem: Problem, response: str, rollout: Rollout) -> RewardResult:
+        assert problem is PROBLEM
+        return RewardResult(score=rollout.num_trained_tokens, terms={"length": float(len(response))})
+
+
+class Synchronous:
+    def score(self, problem: Problem, response: str, rollout: Rollout) -> bool:  # noqa: ARG002
+        return response == "2"
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (lambda problem, response: float(response == problem.answer), 1.0),
+        (slowly, 1.0),
+        (ByTokens(), 2.0),
+        (Synchronous(), 1.0),
+        (zero, 0.0),
+    ],
+)
+def test_functions_coroutines_and_objects_are_accepted_as_rewards(reward: Any, expected: float) -> None:
+    rollout = finished(run(FakeEngine("2<|im_end|>"), reward=reward))
+    assert rollout.reward == expected
+    assert rollout.reward_terms["reward"] == expected
+
+
+def test_terms_are_weighted_summed_and_kept_one_by_one() -> None:
+    terms = [
+        RewardTerm(name="right", weight=1.0, reward=slowly),
+        RewardTerm(name="tokens", weight=-0.25, reward=ByTokens()),
+    ]
+    rollout = finished(run(FakeEngine("2<|im_end|>"), reward=terms))
+    # "2" and the end of turn: 1 - 0.25 * 2
+    assert rollout.reward == 0.5
+    assert rollout.reward_terms == {"right": 1.0, "tokens": 2.0, "tokens/length": 1.0}
+    assert rollout.metrics["correct"] == 1.0
+    assert rollout.metrics["status/right/ok"] == 1.0
+
+
+@pytest.mark.parametrize(("status", "score", "correct"), [("correct", 0.1, 1.0), ("wrong", 0.5, 0.0), ("ok", 0.5, 1.0)])
+def test_the_status_of_the_first_term_says_what_is_correct(status: str, score: float, correct: float) -> None:
+    rollout = finished(run(FakeEngine("2<|im_end|>"), reward=lambda *_: RewardResult(score=score, status=status)))
+    assert rollout.metrics["correct"] == correct
+
+
+def test_the_reward_reads_what_the_policy_wrote_and_no_tool_output() -> None:
+    seen: list[str] = []
+
+    def look(problem: Problem, response: str) -> float:  # noqa: ARG001
+        seen.append(response)
+        return 0.0
+
+    run(FakeEngine(CALL, "end<|im_end|>"), tool=FakeTool("\\boxed{2}"), reward=look)
+    assert seen == [CALL + "end"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (lambda problem, response: 1 / 0, "reward 'reward' raised ZeroDivisionError"),
+        (lambda problem, response: None, "reward 'reward' raised TypeError"),
+        (lambda problem: 1.0, "reward 'reward' raised TypeError"),
+        (lambda problem, response: math.nan, "problem 'p' is nan, which is not finite"),
+        (lambda problem, response: RewardResult(score=math.inf), "is inf, which is not finite"),
+    ],
+)
+def test_a_reward_that_fails_is_an_error_and_never_a_zero(reward: Any, says: str) -> None:
+    tool = FakeTool()
+    with pytest.raises(RewardFailedError, match=says):
+        run(FakeEngine(CALL, "2<|im_end|>"), tool=tool, reward=reward)
+    assert tool.closed == 1
+
+
+# --- means -----------------------------------------------------------------------------------------------------------
+
+
+def test_means_of_a_batch_worked_by_hand() -> None:
+    def rollout(trained: int, reward: float, finish: Any, calls: float, errors: float) -> Rollout:
+        return Rollout(
+            tokens=np.zeros(4, dtype=np.int32),
+            loss_mask=np.arange(4) >= 4 - trained,
+            logprobs=np.zeros(4, dtype=np.float32),
+            versions=np.zeros(4, dtype=np.int32),
+            reward=reward,
+            reward_terms={"right": reward},
+            finish_reason=finish,
+            metrics={"tool_calls": calls, "tool_errors": errors, "correct": reward, f"status/right/{finish}": 1.0},
+        )
+
+    found = mean_metrics([rollout(3, 1.0, "stop", 3, 1), rollout(1, 0.0, "length", 0, 0), rollout(2, 1.0, "stop", 1, 1)])
+    assert found["reward"] == found["accuracy"] == found["reward/right"] == pytest.approx(2 / 3)
+    assert found["response_tokens"] == 2
+    assert found["completed_ratio"] == found["tool_rate"] == pytest.approx(2 / 3)
+    assert found["tool_calls"] == pytest.approx(4 / 3)
+    assert found["tool_error_rate"] == 0.5
+    assert found["status/right/length"] == pytest.approx(1 / 3)
+    assert mean_metrics([]) == {}
