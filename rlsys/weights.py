@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import BroadcastOptions, ProcessGroupGloo
 
 from rlsys.errors import WeightSyncError
 

@@ -190,14 +190,6 @@ def test_a_stop_string_that_is_no_call_goes_on_with_the_same_turn() -> None:
     assert rollout.tokens[rollout.loss_mask].tolist() == sum(engine.written, [])
 
 
-def test_a_block_that_an_earlier_stop_string_cut_off_is_still_read_from_its_beginning() -> None:
-    # A stop string that is no call ends the first part; what the policy wrote next belongs to the same turn.
-    engine = FakeEngine("```text\n\n```\n", "and ```python\n1\n```\n", "end<|im_end|>")
-    tool = FakeTool()
-    run(engine, tool=tool)
-    assert tool.calls == ["1"]
-
-
 def test_output_that_looks_like_a_call_is_not_called() -> None:
     engine = FakeEngine(CALL, "\n```\n", "end<|im_end|>")
     tool = FakeTool("```python\nimport os")
