@@ -31,7 +31,8 @@ _QUIET = 0.10
 """A machine is quiet when others use at most this share of its cores."""
 
 # One thread in every process, because neighbours' spinning threads slow one another down several times.
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")} | {"TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+ONE_THREAD["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class UnequalWorkError(Exception):
@@ -61,6 +62,14 @@ def say(text: str) -> None:
 def one_thread() -> None:
     """Give this process and its children one thread each; call before torch or vLLM is imported."""
     os.environ.update(ONE_THREAD)
+
+
+def quiet_vllm() -> None:
+    """The environment that `rlsys.actors.engine` gives to an engine, for engines that the driver starts itself."""
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def machine() -> dict[str, Any]:

@@ -202,8 +202,9 @@ async def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="RL steps in one arm")
     parser.add_argument("--tune-steps", type=int, default=2, help="steps that each setting of TRL is tried for")
     parser.add_argument("--settings", type=int, nargs="*", help="try only these settings of TRL, by index")
+    parser.add_argument("--max-tokens", type=int, help="another limit of tokens, for a quick trial")
     options = parser.parse_args()
-    case = CASES[options.case]
+    case = {**CASES[options.case], **({"max_tokens": options.max_tokens} if options.max_tokens else {})}
     folder = Path(tempfile.mkdtemp(prefix="rl_step_"))
     common.one_thread()
     model = tiny_model(folder / "model") if case["ignore_eos"] else stopping_model(folder / "model")

@@ -53,7 +53,8 @@ class CheckpointStore:
             shutil.rmtree(final)
         os.rename(draft, final)
         _sync(self._folder)
-        for old in self._all()[: -self._keep]:
+        # Damaged checkpoints of later steps may lie here; they must not push out what is valid.
+        for old in [folder for folder in self._all() if _step(folder) <= step][: -self._keep]:
             shutil.rmtree(old)
         return Checkpoint(folder=final, step=step, state=state)
 
@@ -67,7 +68,8 @@ class CheckpointStore:
         return None
 
     def _all(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-??????") if path.is_dir())
+        folders = (path for path in self._folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+        return sorted(folders, key=_step)
 
     def _read(self, folder: Path) -> Checkpoint:
         try:
@@ -79,6 +81,10 @@ class CheckpointStore:
             return Checkpoint(folder=folder, step=int(manifest["step"]), state=state)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"not whole ({type(error).__name__}: {error})") from error
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -68,7 +69,8 @@ def connect(config: ClusterConfig) -> None:
             **local,
         )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
+        hint = "" if "RAY_AUTH_MODE" in os.environ else " (does it ask for a token? then set RAY_AUTH_MODE=token)"
+        raise ResourceError(f"cannot reach a Ray cluster at {address!r}{hint}: {error}") from error
 
 
 def disconnect() -> None:
@@ -151,7 +153,8 @@ class Actor:
         except RayTaskError as error:
             if isinstance(error.cause, RlsysError):
                 raise error.cause from None
-            wrapped = ActorError(f"{self.name}.{method} raised {type(error.cause).__name__}: {error.cause}")
+            cause = f"{type(error.cause).__name__}: {error.cause}"
+            wrapped = ActorError(f"{self.name}.{method} raised {cause}{_said_before(error.pid)}")
             wrapped.add_note(str(error))
             raise wrapped from error
         except RayActorError as error:
@@ -161,6 +164,15 @@ class Actor:
     def kill(self) -> None:
         """End the process now."""
         ray.kill(self._handle)
+
+
+def _said_before(pid: int) -> str:
+    """The first error in the log of a worker on this node: an engine's own process names the cause only there."""
+    for path in sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.out")):
+        errors = re.findall(r"(?m)\b(?!EngineDeadError)(\w+Error: .{1,300})$", path.read_text(errors="replace"))
+        if errors:
+            return f"; its log begins with {errors[0]!r} ({path})"
+    return ""
 
 
 def place(

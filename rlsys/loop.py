@@ -53,11 +53,13 @@ class Loop:
         stopping = asyncio.create_task(stop.wait())
         try:
             while state.step < steps and not stop.is_set():
-                before = state.dropped.copy()
+                cursor, before = state.cursor, state.dropped.copy()
                 collecting = asyncio.create_task(self._collect(started, arrived, producer, slots, state))
                 await asyncio.wait({collecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 if not collecting.done():
                     await _cancel(collecting)
+                    # What was collected is not learned from, so its problems come again when the run goes on.
+                    state.cursor, state.dropped = cursor, before
                     break
                 groups = collecting.result()
                 await self.learn(state.step + 1, groups, state.dropped - before)
@@ -75,11 +77,13 @@ class Loop:
         started: deque[asyncio.Task[RolloutGroup]],
         arrived: asyncio.Event,
     ) -> None:
-        for problem in problems:
-            await slots.acquire()
-            started.append(asyncio.create_task(_awaited(self.act(problem))))
+        try:
+            for problem in problems:
+                await slots.acquire()
+                started.append(asyncio.create_task(_awaited(self.act(problem))))
+                arrived.set()
+        finally:
             arrived.set()
-        arrived.set()
 
     async def _collect(
         self,

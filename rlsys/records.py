@@ -83,15 +83,23 @@ class RunDirectory:
                 self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Before a stage goes on from `step`: set aside the lines of later steps, which will be made again."""
+        """Before a stage goes on from `step`: set aside the lines of later steps, which will be made again.
+
+        Its evaluations are among them, and a last line that was cut off in the middle.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
         kept: list[str] = []
         superseded: list[str] = []
         for text in path.read_text().splitlines():
-            line = json.loads(text)
-            (superseded if line["stage"] == stage and line["step"] > step else kept).append(text)
+            try:
+                line = json.loads(text)
+            except ValueError:
+                superseded.append(text)
+                continue
+            mine = line["stage"].partition("/")[0] == stage
+            (superseded if mine and line["step"] > step else kept).append(text)
         if superseded:
             with (self.folder / "metrics.superseded.jsonl").open("a") as file:
                 file.writelines(text + "\n" for text in superseded)

@@ -21,9 +21,10 @@ WORDS = (
     *("user", "system", "assistant", "tool", "State", "Solve", "Give", "Let", "Wait", "However", "Verified"),
     *(" the", " final", " answer", " to", " following", " arithmetic", " problem", " multiplication", " only"),
     *(" result", " as", " your", " me", " verify", " check", " double", " with", " Python", " this", " can", " do"),
-    *(" in", " my", " head", " have", " one", " is", " easy", " know", " yes", " let"),
+    *(" in", " my", " head", " one", " is", " easy", " know", " yes", " + ", " - ", " * ", " =", ": "),
 )
-"""Frequent words of the arithmetic problems and demonstrations: one token each makes sequences three times shorter."""
+"""Frequent words of the arithmetic problems and demonstrations: with one token each, sequences are three times shorter.
+Operators are in it with their spaces, so that an expression is half as long to copy."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -41,8 +42,8 @@ class ScratchModel:
     hidden_size: int = 128
     """Width of the residual stream; the head size is `hidden_size / num_heads`."""
 
-    num_layers: int = 4
-    """Number of transformer blocks; copying needs at least two."""
+    num_layers: int = 2
+    """Number of transformer blocks; to copy a text, a model needs at least two."""
 
     num_heads: int = 4
     """Number of query heads."""
@@ -55,6 +56,10 @@ class ScratchModel:
 
     max_length: int = 512
     """Longest sequence in tokens."""
+
+    initializer_range: float = 0.08
+    """Standard deviation of the random weights, about `1 / sqrt(hidden_size)`: with the 0.02 that suits large models, the
+    attention of a narrow one begins almost uniform and it learns to copy several times later."""
 
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
@@ -92,6 +97,7 @@ def build_scratch_model(folder: str | Path, model: ScratchModel = ScratchModel()
         num_key_value_heads=model.num_kv_heads,
         intermediate_size=model.intermediate_size,
         max_position_embeddings=model.max_length,
+        initializer_range=model.initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -1,4 +1,4 @@
-"""The rules that the tree must show: names, directions of dependencies, one door for each heavy library, small rooms."""
+"""The rules that the tree must show: names, direction of dependencies, one door for each heavy library, small rooms."""
 
 import ast
 import os

@@ -39,8 +39,8 @@ async def rl(run: Run, model: Path) -> Path:
             state = LoopState(
                 step=checkpoint.step, cursor=checkpoint.state["cursor"], dropped=Counter(checkpoint.state["dropped"])
             )
-            run.directory.forget_after("rl", state.step)
             run.console.say(f"rl: going on from step {state.step} ({checkpoint.folder})")
+        run.directory.forget_after("rl", state.step)
         await learners.publish(fleet, state.step)
         if "accuracy_before" not in run.directory.summary():
             before = await evaluate(run, fleet, held_out, stage="rl", step=0)

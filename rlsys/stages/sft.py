@@ -58,8 +58,8 @@ async def sft(run: Run, model: Path) -> Path:
         if checkpoint is not None:
             await learners.load(checkpoint.folder / "learner")
             step = checkpoint.step
-            run.directory.forget_after("sft", step)
             run.console.say(f"sft: going on from step {step} ({checkpoint.folder})")
+        run.directory.forget_after("sft", step)
         with run.console.steps("sft", total=stage.steps, done=step) as progress:
             while step < stage.steps:
                 batch = _sft_batch(rollouts, step, stage.demonstrations_per_step, config.seed)

@@ -16,7 +16,7 @@ groups = st.lists(st.floats(-10, 10), min_size=2, max_size=16).map(np.array)
 def test_grpo_golden_numbers() -> None:
     # (r - 1) / sqrt(1.2): 0, -0.912871, -0.912871, 0, 1.825742
     assert grpo(REWARDS) == pytest.approx([0.0, -0.912871, -0.912871, 0.0, 1.825742], abs=1e-6)
-    # One right of four: mean 1/4, variance 3/16; (1 - 1/4) / (sqrt(3) / 4) = sqrt(3), (0 - 1/4) * 4 / sqrt(3) = -1/sqrt(3)
+    # One right of four: mean 1/4, deviation sqrt(3) / 4, so 3/4 becomes sqrt(3) and -1/4 becomes -1 / sqrt(3).
     expected = [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]
     assert grpo(np.array([1.0, 0.0, 0.0, 0.0])) == pytest.approx(expected)
 

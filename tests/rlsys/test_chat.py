@@ -1,4 +1,4 @@
-"""Chat: what counts as a tool call, what the policy reads back, and that nothing it reads can pose as something else."""
+"""Chat: what counts as a tool call, what the policy reads back, and that tool output cannot pose as anything else."""
 
 import copy
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rlsys.chat import Chat, ToolCall, load_tokenizer
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Session, ToolResult
-from rlsys.scratch import byte_tokenizer, build_scratch_model
+from rlsys.scratch import build_scratch_model, byte_tokenizer
 from rlsys.types import Problem
 
 TOKENIZER = byte_tokenizer(max_length=4096)
@@ -50,7 +50,7 @@ class Tool:
     """A tool that is never called here."""
 
     description = "runs"
-    parameters: Mapping[str, Any] = {"type": "object"}  # noqa: RUF012
+    parameters: Mapping[str, Any] = {"type": "object"}
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -310,7 +310,7 @@ def test_results_are_written_as_the_template_writes_them() -> None:
     ],
 )
 def test_a_template_that_does_not_render_tool_results_is_refused(template: str) -> None:
-    with pytest.raises(ConfigError, match="does not render tool results; use chat.tool_format=fenced"):
+    with pytest.raises(ConfigError, match=r"does not render tool results; use chat\.tool_format=fenced"):
         hermes(template=template)
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template

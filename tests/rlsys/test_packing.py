@@ -55,9 +55,7 @@ def test_the_budget_holds_but_for_a_sequence_that_is_longer(lengths: list[int], 
 
 
 @given(lengths_of, ranks, budgets)
-def test_no_two_ranks_differ_by_more_than_the_longest_sequence(
-    lengths: list[int], num_ranks: int, budget: int
-) -> None:
+def test_no_two_ranks_differ_by_more_than_the_longest_sequence(lengths: list[int], num_ranks: int, budget: int) -> None:
     # Longest first to the least loaded leaves bins at most one sequence apart; dealing them back and forth keeps that.
     found = loads(assign(lengths, num_ranks=num_ranks, max_tokens=budget), lengths)
     assert max(found) - min(found) <= max(lengths, default=0)

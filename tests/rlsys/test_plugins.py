@@ -42,7 +42,7 @@ def test_a_misspelt_object_names_the_place_and_the_nearest_one() -> None:
 
 
 def test_an_object_like_no_other_gets_no_hint() -> None:
-    with pytest.raises(ConfigError, match="has no 'zzzzzz'$"):
+    with pytest.raises(ConfigError, match=r"has no 'zzzzzz'$"):
         resolve("rlsys.advantages:zzzzzz", place="rl.advantage")
 
 

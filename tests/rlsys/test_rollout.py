@@ -1,6 +1,7 @@
 """The agent loop with a scripted engine: what is trained on, what the budgets allow, how it is graded."""
 
 import asyncio
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ class FakeTool:
     """Answers every call with the same text and keeps count of its sessions."""
 
     name, description = "python", "runs code"
-    parameters: Mapping[str, Any] = {"type": "object"}  # noqa: RUF012
+    parameters: Mapping[str, Any] = {"type": "object"}
 
     def __init__(self, text: str = "2", *, error: Exception | None = None) -> None:
         self.text, self.error = text, error
@@ -187,7 +188,7 @@ def test_a_stop_string_that_is_no_call_goes_on_with_the_same_turn() -> None:
     rollout = finished(run(engine, tool=tool))
     assert tool.calls == ["1 + 1"]
     assert rollout.finish_reason == "stop"
-    assert rollout.tokens[rollout.loss_mask].tolist() == sum(engine.written, [])
+    assert rollout.tokens[rollout.loss_mask].tolist() == list(itertools.chain(*engine.written))
 
 
 def test_output_that_looks_like_a_call_is_not_called() -> None:
@@ -337,7 +338,7 @@ def test_template_calls_are_answered_between_turns() -> None:
     assert rollout.transcript.endswith(
         f"assistant\n{said}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
     )
-    assert rollout.tokens[rollout.loss_mask].tolist() == sum(engine.written, [])
+    assert rollout.tokens[rollout.loss_mask].tolist() == list(itertools.chain(*engine.written))
 
 
 def test_several_calls_in_one_turn_count_against_the_budget_together() -> None:
@@ -415,11 +416,11 @@ def test_the_reward_reads_what_the_policy_wrote_and_no_tool_output() -> None:
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        (lambda problem, response: 1 / 0, "reward 'reward' raised ZeroDivisionError"),
-        (lambda problem, response: None, "reward 'reward' raised TypeError"),
-        (lambda problem: 1.0, "reward 'reward' raised TypeError"),
-        (lambda problem, response: math.nan, "problem 'p' is nan, which is not finite"),
-        (lambda problem, response: RewardResult(score=math.inf), "is inf, which is not finite"),
+        (lambda *_: 1 / 0, "reward 'reward' raised ZeroDivisionError"),
+        (lambda *_: None, "reward 'reward' raised TypeError"),
+        (lambda _: 1.0, "reward 'reward' raised TypeError"),
+        (lambda *_: math.nan, "problem 'p' is nan, which is not finite"),
+        (lambda *_: RewardResult(score=math.inf), "is inf, which is not finite"),
     ],
 )
 def test_a_reward_that_fails_is_an_error_and_never_a_zero(reward: Any, says: str) -> None:
@@ -445,7 +446,9 @@ def test_means_of_a_batch_worked_by_hand() -> None:
             metrics={"tool_calls": calls, "tool_errors": errors, "correct": reward, f"status/right/{finish}": 1.0},
         )
 
-    found = mean_metrics([rollout(3, 1.0, "stop", 3, 1), rollout(1, 0.0, "length", 0, 0), rollout(2, 1.0, "stop", 1, 1)])
+    found = mean_metrics(
+        [rollout(3, 1.0, "stop", 3, 1), rollout(1, 0.0, "length", 0, 0), rollout(2, 1.0, "stop", 1, 1)]
+    )
     assert found["reward"] == found["accuracy"] == found["reward/right"] == pytest.approx(2 / 3)
     assert found["response_tokens"] == 2
     assert found["completed_ratio"] == found["tool_rate"] == pytest.approx(2 / 3)

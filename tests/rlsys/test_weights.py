@@ -124,7 +124,9 @@ def test_weights_that_agree_pass() -> None:
 
 def test_weights_that_differ_name_the_engine_the_tensor_and_the_version() -> None:
     with pytest.raises(WeightSyncError, match=r"rollout actor 1 holds a different b .* version 3 .*00000000000000ff"):
-        verify({"a": 1, "b": 2}, {"rollout actor 0": {"a": 1, "b": 2}, "rollout actor 1": {"a": 1, "b": 255}}, version=3)
+        verify(
+            {"a": 1, "b": 2}, {"rollout actor 0": {"a": 1, "b": 2}, "rollout actor 1": {"a": 1, "b": 255}}, version=3
+        )
 
 
 def test_a_tensor_that_did_not_arrive_is_named() -> None:

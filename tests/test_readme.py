@@ -1,0 +1,86 @@
+"""The README's code blocks are run, and what it names exists."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rlsys.interfaces import ToolResult
+from rlsys.rollout import RewardTerm
+from rlsys.types import Problem, Rollout
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def module_of(label: str) -> tuple[ModuleType, str]:
+    """The README's Python block with this label, as a module."""
+    match = re.search(rf"```python {label}\n(.*?)```", README, re.DOTALL)
+    assert match is not None
+    module = ModuleType(label)
+    exec(compile(match[1], f"README.md ({label})", "exec"), module.__dict__)
+    return module, match[1]
+
+
+def lines_of_code(text: str) -> int:
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())
+
+
+def test_the_reward_of_the_readme_grades_a_rollout_in_at_most_12_lines() -> None:
+    module, text = module_of("reward")
+    assert lines_of_code(text) <= 12
+    term = RewardTerm(name="concise", weight=1.0, reward=module.__dict__["Concise"](target=10))
+    problem = Problem(id="p", prompt=({"role": "user", "content": "2+3"},), answer="5")
+
+    def graded(response: str) -> float:
+        none: Any = np.zeros(0)
+        arrays = {"tokens": none, "loss_mask": none, "logprobs": none, "versions": none}
+        rollout = Rollout(**arrays, response=response)
+        return asyncio.run(term.grade(problem, rollout)).score
+
+    assert graded(r"\boxed{5}") == 1.0
+    assert graded(r"\boxed{5}" + "." * 11) == 1.0 - 0.001 * 10
+    assert graded(r"\boxed{6}") == 0.0
+
+
+def test_the_tool_of_the_readme_answers_in_at_most_12_lines() -> None:
+    module, text = module_of("tool")
+    assert lines_of_code(text) <= 12
+    tool = module.__dict__["Dictionary"]()
+
+    async def use() -> ToolResult:
+        session = await tool.open("rollout-0")
+        result: ToolResult = await session.call({"word": "ray"})
+        await session.close()
+        return result
+
+    assert asyncio.run(use()).text == "a half-line"
+    assert tool.parameters["required"] == ["word"]
+
+
+def test_every_yaml_block_is_a_section_of_the_configuration() -> None:
+    from rlsys.config import Config
+
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert set(yaml.safe_load(block)) <= set(Config.__dataclass_fields__)
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert len(targets) > 8
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing
+
+
+def test_the_make_commands_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^\$ make ([\w-]+)", README, re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
