@@ -103,8 +103,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             model.load_weights([(name, tensor.to(self.device))])
 
     def finish_weight_update(self) -> None:
-        """Make the layouts anew."""
+        """Make the layouts anew, also that of an output head which shares the embedding's weights.
+
+        Such a head is not in the stream, so vLLM does not reload it, but on CPUs it computes with a packed copy.
+        """
         finalize_layerwise_reload(self.model, self.model_config)
+        head = getattr(self.model, "lm_head", None)
+        if head is not None and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         """Leave the group."""

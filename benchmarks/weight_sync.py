@@ -45,7 +45,7 @@ from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.weights import WeightPlan
 
 MODEL = ScratchModel(hidden_size=768, num_layers=14, num_heads=12, num_kv_heads=12, intermediate_size=2048)
-SMALL = ScratchModel(hidden_size=64, num_layers=2)
+SMALL = ScratchModel(hidden_size=128, num_layers=2)
 
 
 class WatchedActor(RolloutActor):
@@ -74,6 +74,7 @@ class WatchedActor(RolloutActor):
             return ids, gap, [(span.start, span.end, span.version) for span in spans or []]
 
         results = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
+        self._written = [0]
         return {
             "tokens": [ids for ids, _, _ in results],
             "gap": max(gap for _, gap, _ in results),

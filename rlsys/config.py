@@ -242,6 +242,10 @@ class RlConfig:
     """Sampling of training rollouts."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer of this stage."""
+    max_logprob_gap: float = 0.1
+    """The run stops where learner and engine differ by more than this on tokens that the same weights wrote, as a mean of
+    absolute log-prob differences: ids, masks, temperature or weights disagree. About 1e-6 is seen with float32, 3e-3
+    with bfloat16."""
     eval_every: int = 0
     """Policy steps between held-out evaluations; 0 measures only before and after."""
     checkpoint_every: int = 10

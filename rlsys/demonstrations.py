@@ -20,7 +20,7 @@ TOOL_OPENINGS = (
     "I double check with Python.",
     "However, check with Python.",
 )
-"""Thoughts in front of a call."""
+"""Thoughts in front of a call, all of one length: a tiny model copies most easily from a fixed distance."""
 
 DIRECT_OPENINGS = (
     "I can do this in my head:",
@@ -30,8 +30,8 @@ DIRECT_OPENINGS = (
 )
 """Thoughts in front of an answer without a call."""
 
-CLOSINGS = ("", "Verified.", "Wait, yes.")
-"""Thoughts behind a result; empty means none."""
+CLOSING = "Verified."
+"""The thought behind a result. With one length for all, a tiny model learns to copy the result in far fewer steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +75,18 @@ def arithmetic_demonstrations(
 
 def _call(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool], ...]:
     """A Python call, its result (not trained) and the answer."""
-    opening, closing = generator.choice(TOOL_OPENINGS), generator.choice(CLOSINGS)
+    opening = generator.choice(TOOL_OPENINGS)
     return (
         (f"<think>\n{opening}\n```python\n{_expression(problem)}\n```\n", True),
         (f"```output\n{problem.answer}\n```\n", False),
-        (f"{closing}</think>\n\\boxed{{{problem.answer}}}", True),
+        (f"{CLOSING}</think>\n\\boxed{{{problem.answer}}}", True),
     )
 
 
 def _direct(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool], ...]:
     """The result from the head, then the answer as behind a call."""
-    opening, closing = generator.choice(DIRECT_OPENINGS), generator.choice(CLOSINGS)
-    return ((f"<think>\n{opening} {problem.answer}\n{closing}</think>\n\\boxed{{{problem.answer}}}", True),)
+    opening = generator.choice(DIRECT_OPENINGS)
+    return ((f"<think>\n{opening} {problem.answer}\n{CLOSING}</think>\n\\boxed{{{problem.answer}}}", True),)
 
 
 def _expression(problem: Problem) -> str:

@@ -58,8 +58,8 @@ class ScratchModel:
     """Longest sequence in tokens."""
 
     initializer_range: float = 0.08
-    """Standard deviation of the random weights, about `1 / sqrt(hidden_size)`: with the 0.02 that suits large models, the
-    attention of a narrow one begins almost uniform and it learns to copy several times later."""
+    """Standard deviation of the random weights, about `1 / sqrt(hidden_size)`: with the 0.02 of large models the
+    attention of a narrow one begins almost uniform, and it learns to copy several times later."""
 
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""

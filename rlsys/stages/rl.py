@@ -15,7 +15,7 @@ import numpy as np
 
 from rlsys.checkpoint import CheckpointStore
 from rlsys.config import RlConfig
-from rlsys.errors import DataError
+from rlsys.errors import DataError, WeightSyncError
 from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
 from rlsys.loop import Loop, LoopState
 from rlsys.plugins import resolve
@@ -154,6 +154,12 @@ class _RlTrainer:
         staleness = [step - 1 - rollout.first_version for rollout in rollouts if rollout.num_trained_tokens]
         assert max(staleness) <= self._stage.max_staleness, "the loop broke its staleness bound"
         metrics = await self._update(step, rollouts, advantages)
+        if max(staleness) == 0 and metrics["logprob_gap"] > self._stage.max_logprob_gap:
+            raise WeightSyncError(
+                f"at step {step} the learner's log-probs differ from the engine's by {metrics['logprob_gap']:.2g} a token "
+                f"(rl.max_logprob_gap is {self._stage.max_logprob_gap:g}): they do not hold the same weights, or sample "
+                "and score differently"
+            )
         seconds["learn"] = metrics.pop("seconds")
         published = await self._learners.publish(self._fleet, step)
         seconds |= {"publish": published["total"], "publish_pause": published["pause"]}

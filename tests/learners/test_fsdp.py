@@ -47,7 +47,13 @@ WIDE, NARROW = 10_000, 16
 def build(folder: Path) -> None:
     """A tiny model, larger weights than at birth, and four batches that a slightly different policy sampled."""
     shape = ScratchModel(
-        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_length=64, words=[]
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=48,
+        initializer_range=0.02,
+        words=[],
     )
     build_scratch_model(folder / "model", shape)
     network = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -266,10 +272,13 @@ def results(folder: Path) -> Json:
     return {**found, "first": first, "second": second}
 
 
-def assert_close(mine: dict[str, Tensor], theirs: dict[str, Tensor], *, atol: float = 2e-6) -> None:
+def assert_close(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equal but for rounding, which Adam blows up for the few weights whose gradient is near its epsilon."""
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+        difference = (tensor - theirs[name]).abs()
+        assert float(difference.mean()) < 2e-7, name
+        assert float(difference.max()) < 5e-5, f"{name}: a twentieth of one step"
 
 
 def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.advantages import dr_grpo, grpo, rloo
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 3.0])  # mean 1, squared distances 0 1 1 0 4, variance 6 / 5
 groups = st.lists(st.floats(-10, 10), min_size=2, max_size=16).map(np.array)
@@ -30,12 +32,14 @@ def test_rloo_golden_numbers() -> None:
     assert rloo(REWARDS) == pytest.approx([0.0, -1.25, -1.25, 0.0, 2.5])
 
 
+@PATIENT
 @given(groups)
 def test_rloo_is_each_reward_minus_the_mean_of_the_others(rewards: np.ndarray) -> None:
     by_hand = [reward - np.delete(rewards, index).mean() for index, reward in enumerate(rewards)]
     assert rloo(rewards) == pytest.approx(by_hand, abs=1e-9)
 
 
+@PATIENT
 @given(groups)
 def test_all_advantages_of_a_group_sum_to_zero(rewards: np.ndarray) -> None:
     for advantage in (grpo, dr_grpo, rloo):
@@ -43,6 +47,7 @@ def test_all_advantages_of_a_group_sum_to_zero(rewards: np.ndarray) -> None:
         assert np.abs(advantage(rewards).sum()) < 1e-4
 
 
+@PATIENT
 @given(st.floats(-10, 10), st.integers(2, 16))
 def test_equal_rewards_give_no_credit_and_no_warning(reward: float, size: int) -> None:
     rewards = np.full(size, reward)
@@ -52,6 +57,7 @@ def test_equal_rewards_give_no_credit_and_no_warning(reward: float, size: int) -
         assert advantage(rewards) == pytest.approx(np.zeros(size), abs=1e-12)
 
 
+@PATIENT
 @given(groups, st.floats(0.5, 4.0), st.floats(-5, 5))
 def test_grpo_does_not_see_the_scale_or_the_offset_of_the_rewards(rewards: np.ndarray, scale: float, by: float) -> None:
     if rewards.std() > 1e-3:

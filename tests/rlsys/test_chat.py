@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.chat import Chat, ToolCall, load_tokenizer
@@ -13,6 +13,8 @@ from rlsys.errors import ConfigError
 from rlsys.interfaces import Session, ToolResult
 from rlsys.scratch import build_scratch_model, byte_tokenizer
 from rlsys.types import Problem
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TOKENIZER = byte_tokenizer(max_length=4096)
 PROBLEM = Problem(id="p", prompt=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}))
@@ -208,6 +210,7 @@ def test_fenced_output_cannot_end_its_block_or_the_turn(text: str) -> None:
     assert chat.parse_calls(shown, turn_ended=False) == []
 
 
+@PATIENT
 @given(st.text(alphabet="`a\n", max_size=30))
 def test_no_arrangement_of_backticks_in_the_output_is_a_fence(text: str) -> None:
     chat = fenced()

@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import TrainingStalledError
 from rlsys.loop import Loop, LoopState
 from rlsys.types import Problem, RolloutGroup
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 MESSAGE = {"role": "user", "content": "?"}
 
@@ -114,7 +116,7 @@ def uneven(seed: int, longest: int) -> Callable[[int], int]:
 # --- staleness -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@PATIENT
 @given(
     max_staleness=st.sampled_from([0, 1, 4]),
     groups_per_step=st.integers(1, 5),

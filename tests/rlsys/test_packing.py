@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.packing import MicroBatch, assign, pack, shard
 from rlsys.types import Rollout, TrainBatch
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 lengths_of = st.lists(st.integers(1, 60), min_size=0, max_size=40)
 ranks = st.integers(1, 5)
@@ -33,12 +35,14 @@ def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[int]:
     return [sum(lengths[index] for bin_ in rank for index in bin_) for rank in plan]
 
 
+@PATIENT
 @given(lengths_of, ranks, budgets)
 def test_every_rollout_is_in_exactly_one_micro_batch(lengths: list[int], num_ranks: int, budget: int) -> None:
     plan = assign(lengths, num_ranks=num_ranks, max_tokens=budget)
     assert sorted(index for rank in plan for bin_ in rank for index in bin_) == list(range(len(lengths)))
 
 
+@PATIENT
 @given(lengths_of, ranks, budgets)
 def test_every_rank_has_the_same_number_of_micro_batches(lengths: list[int], num_ranks: int, budget: int) -> None:
     plan = assign(lengths, num_ranks=num_ranks, max_tokens=budget)
@@ -47,6 +51,7 @@ def test_every_rank_has_the_same_number_of_micro_batches(lengths: list[int], num
     assert len(plan[0]) >= 1
 
 
+@PATIENT
 @given(lengths_of, ranks, budgets)
 def test_the_budget_holds_but_for_a_sequence_that_is_longer(lengths: list[int], num_ranks: int, budget: int) -> None:
     for rank in assign(lengths, num_ranks=num_ranks, max_tokens=budget):
@@ -54,6 +59,7 @@ def test_the_budget_holds_but_for_a_sequence_that_is_longer(lengths: list[int], 
             assert len(bin_) <= 1 or sum(lengths[index] for index in bin_) <= budget
 
 
+@PATIENT
 @given(lengths_of, ranks, budgets)
 def test_no_two_ranks_differ_by_more_than_the_longest_sequence(lengths: list[int], num_ranks: int, budget: int) -> None:
     # Longest first to the least loaded leaves bins at most one sequence apart; dealing them back and forth keeps that.
@@ -61,6 +67,7 @@ def test_no_two_ranks_differ_by_more_than_the_longest_sequence(lengths: list[int
     assert max(found) - min(found) <= max(lengths, default=0)
 
 
+@PATIENT
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
 def test_one_rank_gets_few_micro_batches(lengths: list[int], budget: int) -> None:
     # Where a bin of two or more overflows, every bin is more than half full: twice the least number is always enough.
@@ -94,6 +101,7 @@ def unpacked(micro: MicroBatch) -> list[np.ndarray]:
     return [micro.tokens[begin:end] for begin, end in zip(micro.boundaries[:-1], micro.boundaries[1:], strict=True)]
 
 
+@PATIENT
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 3), st.integers(1, 60), st.integers(0, 9))
 def test_packing_and_unpacking_is_the_identity(lengths: list[int], num_ranks: int, budget: int, seed: int) -> None:
     batch = batch_of(lengths, seed)
@@ -116,6 +124,7 @@ def test_packing_and_unpacking_is_the_identity(lengths: list[int], num_ranks: in
     assert sorted(seen) == list(range(len(lengths)))
 
 
+@PATIENT
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(0, 9))
 def test_the_first_token_of_a_sequence_is_never_a_target(lengths: list[int], seed: int) -> None:
     batch = batch_of(lengths, seed)

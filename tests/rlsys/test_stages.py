@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.chat import Chat
@@ -13,6 +13,8 @@ from rlsys.scratch import byte_tokenizer
 from rlsys.stages.common import assemble, endless
 from rlsys.stages.sft import to_rollout
 from rlsys.types import Problem, Rollout
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TOKENIZER = byte_tokenizer()
 CHAT = Chat(TOKENIZER, [])
@@ -23,12 +25,14 @@ def first(count: int, items: list[int], *, seed: int = 0, skip: int = 0) -> list
     return list(itertools.islice(endless(items, seed=seed, skip=skip), count))
 
 
+@PATIENT
 @given(st.integers(1, 20), st.integers(0, 5), st.integers(0, 70), st.integers(0, 40))
 def test_an_endless_stream_resumes_exactly_where_it_was(size: int, seed: int, skip: int, more: int) -> None:
     items = list(range(size))
     assert first(more, items, seed=seed, skip=skip) == first(skip + more, items, seed=seed)[skip:]
 
 
+@PATIENT
 @given(st.integers(1, 20), st.integers(0, 5))
 def test_every_epoch_has_every_item_once(size: int, seed: int) -> None:
     items = list(range(size))

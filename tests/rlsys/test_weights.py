@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rlsys.errors import WeightSyncError
 from rlsys.weights import WeightGroup, broadcast, checksum, join_gloo_group, verify
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SIZES = [1, 3, 4, 7, 8, 9, 31, 4095, 4096, 4097, 8192, 12_300, 40_001]
 
@@ -32,7 +34,7 @@ def test_equal_bytes_have_equal_checksums_whatever_their_type_and_shape(size: in
     assert 0 <= value < 2**64
 
 
-@settings(deadline=None)
+@PATIENT
 @given(st.sampled_from(SIZES), st.data())
 def test_one_flipped_bit_anywhere_changes_the_checksum(size: int, data: Any) -> None:
     before = bytes_of(size, seed=size)
@@ -52,7 +54,7 @@ def test_a_flipped_sign_of_any_number_changes_the_checksum() -> None:
             tensor[index] *= -1
 
 
-@settings(deadline=None)
+@PATIENT
 @given(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([8, 100, 5000]), st.data())
 def test_two_swapped_elements_change_the_checksum(dtype: torch.dtype, size: int, data: Any) -> None:
     before = torch.arange(1, size + 1).to(dtype)
@@ -65,7 +67,7 @@ def test_two_swapped_elements_change_the_checksum(dtype: torch.dtype, size: int,
     assert (checksum(after) == checksum(before)) == torch.equal(after, before)
 
 
-@settings(deadline=None)
+@PATIENT
 @given(st.integers(1, 3000), st.integers(0, 50), st.integers(0, 3000), st.integers(0, 99))
 def test_two_swapped_blocks_change_the_checksum(width: int, lead: int, gap: int, seed: int) -> None:
     before = torch.from_numpy(np.random.default_rng(seed).standard_normal(lead + 2 * width + gap, dtype=np.float32))
