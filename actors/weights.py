@@ -6,7 +6,7 @@ before it is loaded, so that the driver can compare it with what was sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,21 @@ def register() -> None:
     for name, engine in ((GLOO_BACKEND, GlooWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, engine)
+
+
+def refresh_shared_head(model: Any, received: Mapping[str, int]) -> None:
+    """Give an output head that shares the embedding's weights those weights.
+
+    A learner sends shared weights once, so vLLM does not reload such a head. But on CPUs it computes with a packed copy
+    of them, and where a checkpoint holds the head a second time vLLM keeps it apart: either would stay old.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is None or "lm_head.weight" in received:
+        return
+    embedding = model.model.embed_tokens
+    with torch.no_grad():
+        head.weight.data.copy_(embedding.weight.data)
+    head.quant_method.process_weights_after_loading(head)
 
 
 class _SummingModel:
@@ -103,14 +118,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             model.load_weights([(name, tensor.to(self.device))])
 
     def finish_weight_update(self) -> None:
-        """Make the layouts anew, also that of an output head which shares the embedding's weights.
-
-        Such a head is not in the stream, so vLLM does not reload it, but on CPUs it computes with a packed copy.
-        """
+        """Make the layouts anew."""
         finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        if head is not None and getattr(self.model_config.hf_config, "tie_word_embeddings", False):
-            head.quant_method.process_weights_after_loading(head)
+        refresh_shared_head(self.model, self.received)
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -123,6 +133,11 @@ class ProvedNcclEngine(NCCLWeightTransferEngine):
     """vLLM's packed NCCL broadcast, with checksums of what arrived."""
 
     received: dict[str, int]
+
+    def finish_weight_update(self) -> None:
+        """As the parent does, and the shared head."""
+        super().finish_weight_update()
+        refresh_shared_head(self.model, self.received)
 
     def receive_weights(self, update_info: Any) -> None:
         """As the parent does, summing up each tensor on its way into the model."""

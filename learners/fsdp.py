@@ -230,7 +230,8 @@ class FsdpLearner:
         full: dict[str, Any] = get_model_state_dict(self._policy, options=options)
         if self._rank == 0:
             dtype = _DTYPES[self._config.dtype]
-            state = {name.removeprefix("hf."): tensor.to(dtype) for name, tensor in full.items()}
+            # Shared weights under one name only: written twice, a reader takes them for two.
+            state = {name: full[f"hf.{name}"].to(dtype) for name, _ in self._named_parameters()}
             self._policy.hf.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
             _copy_tokenizer(self._model_path, folder)
         dist.barrier()
