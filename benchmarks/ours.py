@@ -25,9 +25,7 @@ from rlsys.interfaces import Engine
 from rlsys.scratch import CHAT_TEMPLATE, PAD, TURN_END, TURN_START, ScratchModel, build_scratch_model
 from rlsys.types import Completion, Problem
 
-TINY = ScratchModel(
-    hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=704, max_length=2048
-)
+TINY = ScratchModel(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=704, max_length=2048)
 """3.3 million parameters."""
 
 

@@ -224,8 +224,10 @@ async def main() -> None:
     try:
         await peer.steps(2, log=log)
         same = await ours.learn_peer_batch(folder / "batch.npz")
-        say(f"TRL's first batch in our learner: gradient norm {same['norm']:.6f}, TRL {same['peer_norm']:.6f}; "
-            f"log-probs differ by at most {same['gap']:.1e}")
+        say(
+            f"TRL's first batch in our learner: gradient norm {same['norm']:.6f}, TRL {same['peer_norm']:.6f}; "
+            f"log-probs differ by at most {same['gap']:.1e}"
+        )
         must(abs(same["norm"] / same["peer_norm"] - 1) < 1e-3, f"gradient norms differ: {same}")
         must(same["gap"] < 1e-4, f"log-probs differ: {same}")
         await ours.steps(2)

@@ -254,9 +254,7 @@ async def main() -> None:
         for seed in options.seeds:
             plans = draw_plans(options.rollouts, seed=seed, **draw)
             arms = {way: (lambda way=way, plans=plans: side.arm(way, chosen, plans)) for way in ways}
-            raced = await common.race(
-                arms, rounds=options.rounds, settle_seconds=options.settle, what=f"seed {seed} "
-            )
+            raced = await common.race(arms, rounds=options.rounds, settle_seconds=options.settle, what=f"seed {seed} ")
             work = {(sample["written"], sample["read"]) for arm in raced.values() for sample in arm}
             must(len(work) == 1, f"tokens written and read differ: {work}")
             samples[str(seed)] = raced

@@ -144,9 +144,7 @@ class Case:
         )
         fleet, learners = await asyncio.gather(
             RolloutFleet.start(config, str(model)),
-            LearnerGroup.start(
-                config, str(model), optimizer=config.rl.optimizer, total_steps=1, loss=config.rl.loss
-            ),
+            LearnerGroup.start(config, str(model), optimizer=config.rl.optimizer, total_steps=1, loss=config.rl.loss),
         )
         await learners.open_weights(fleet)
         demand = Demand(what="bare end", count=1 + engines)
@@ -242,13 +240,17 @@ async def run_case(model: Path, engines: int, options: Any) -> dict[str, Any]:
     finally:
         await case.close()
     split = ", ".join(f"{part} {common.median(samples['publish'], part):.3f}" for part in ("pause", "transfer"))
-    say(f"publish {common.median(samples['publish']):.3f} s ({split}), {rate:.2f} GB/s to each; "
-        f"bare {common.median(samples['bare']):.3f} s")
+    say(
+        f"publish {common.median(samples['publish']):.3f} s ({split}), {rate:.2f} GB/s to each; "
+        f"bare {common.median(samples['bare']):.3f} s"
+    )
     common.show(f"time to {engines} engine(s), publish / bare broadcast", found)
     flights = samples["in_flight"]
-    say(f"{flights[0]['requests']} requests in flight: longest gap {common.median(flights):.3f} s "
+    say(
+        f"{flights[0]['requests']} requests in flight: longest gap {common.median(flights):.3f} s "
         f"(without an update {common.median(flights, 'gap_without_update'):.3f}), "
-        f"publish {common.median(flights, 'publish'):.3f} s; no token lost, both versions on every request")
+        f"publish {common.median(flights, 'publish'):.3f} s; no token lost, both versions on every request"
+    )
     return {"bytes": case.num_bytes, "ratios": {"publish_to_bare": found}, "samples": samples}
 
 

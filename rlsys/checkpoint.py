@@ -49,9 +49,11 @@ class CheckpointStore:
         _sync(draft / _MANIFEST)
         _sync(draft)
         final = draft.with_suffix("")
+        replaced = final.with_suffix(".replaced")
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, replaced)
         os.rename(draft, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _sync(self._folder)
         # Damaged checkpoints of later steps may lie here; they must not push out what is valid.
         for old in [folder for folder in self._all() if _step(folder) <= step][: -self._keep]:
@@ -68,7 +70,7 @@ class CheckpointStore:
         return None
 
     def _all(self) -> list[Path]:
-        folders = (path for path in self._folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
+        folders = (path for path in self._folder.glob("step-*") if path.is_dir() and not path.suffix)
         return sorted(folders, key=_step)
 
     def _read(self, folder: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,8 @@ def main() -> None:
     """Run the command; what the user can put right is one message, not a traceback."""
     from rlsys.stages import Interrupted
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except RlsysError as error:

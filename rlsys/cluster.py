@@ -68,7 +68,7 @@ def connect(config: ClusterConfig) -> None:
             runtime_env={"env_vars": env_vars},
             **local,
         )
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare exceptions here
         hint = "" if "RAY_AUTH_MODE" in os.environ else " (does it ask for a token? then set RAY_AUTH_MODE=token)"
         raise ResourceError(f"cannot reach a Ray cluster at {address!r}{hint}: {error}") from error
 

@@ -45,7 +45,9 @@ async def rl(run: Run, model: Path) -> Path:
         if "accuracy_before" not in run.directory.summary():
             before = await evaluate(run, fleet, held_out, stage="rl", step=0)
             run.directory.update_summary(
-                accuracy_before=before["accuracy"], tool_rate_before=before["tool_rate"], held_out=len(held_out)
+                accuracy_before=before["accuracy"],
+                tool_rate_before=before["tool_rate"],
+                held_out=int(before["problems"]),
             )
         trainer = _RlTrainer(run, fleet, learners, store, held_out, state)
         await trainer.train(endless(problems, seed=config.seed, skip=state.cursor))
@@ -156,9 +158,9 @@ class _RlTrainer:
         metrics = await self._update(step, rollouts, advantages)
         if max(staleness) == 0 and metrics["logprob_gap"] > self._stage.max_logprob_gap:
             raise WeightSyncError(
-                f"at step {step} the learner's log-probs differ from the engine's by {metrics['logprob_gap']:.2g} a token "
-                f"(rl.max_logprob_gap is {self._stage.max_logprob_gap:g}): they do not hold the same weights, or sample "
-                "and score differently"
+                f"at step {step} learner and engine differ by {metrics['logprob_gap']:.2g} in the log-prob of a token "
+                f"(rl.max_logprob_gap is {self._stage.max_logprob_gap:g}): they do not hold the same weights, or they "
+                "sample and score differently"
             )
         seconds["learn"] = metrics.pop("seconds")
         published = await self._learners.publish(self._fleet, step)
@@ -201,6 +203,8 @@ class _RlTrainer:
         first: dict[str, float] = {}
         seconds = 0.0
         for part in np.array_split(order, self._stage.updates_per_step):
+            if not any(rollouts[i].num_trained_tokens for i in part):
+                continue
             metrics = await self._learners.step(
                 assemble([rollouts[i] for i in part], [advantages[i] for i in part]),
                 temperature=self._stage.sampling.temperature,
