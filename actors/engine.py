@@ -25,6 +25,10 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
         # Two engines on one machine must not both bind their thread to the first core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if not config.gpus:
+            # Else a CPU engine puts its one worker into a process of its own and spins while it waits for it, which
+            # takes a core from the neighbours.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -60,6 +64,7 @@ class VllmEngine:
             max_tokens=sampling["max_tokens"],
             ignore_eos=bool(sampling.get("ignore_eos", False)),
             stop=stop or None,
+            detokenize=bool(stop),  # costs more than all else in the front end; `Completion.text` is empty without
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,

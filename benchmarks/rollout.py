@@ -5,7 +5,7 @@
 Both sides write the same number of tokens to the same prompts (32 problems x 8 rollouts x 128 tokens by default, `eos`
 ignored) with the same model (3.3 M parameters, so that overhead shows: a larger model hides it) and the same engine
 settings: float32, processed log-probs of the sampled tokens, 64 sequences at a time, prefix caching, eager, one thread,
-an engine core in a process of its own.
+no text decoded in the engine. vLLM's own runs in the driver's process, which spares it a hop that ours has.
 
 Ours: `RolloutFleet.act` in the driver -> Ray -> `RolloutActor.act` -> one coroutine of `run_rollout` for each rollout
 (chat template, token axis, decoding, reward, versions) -> `RolloutGroup`s back through Ray. Raw: `vllm.LLM.generate` in
@@ -95,6 +95,7 @@ class Raw:
         from vllm import SamplingParams
 
         parameters = SamplingParams(
+            detokenize=False,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_response_tokens,

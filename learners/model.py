@@ -34,17 +34,13 @@ def packed_attention(
     Exactly block-diagonal: sequences are attended one by one, so nothing is computed for pairs of different
     sequences and no mask is ever built.
     """
+    lengths = [end - begin for begin, end in itertools.pairwise(boundaries)]
+    # Split, not sliced: the backward pass of a slice fills a gradient of the whole pack.
     parts = [
         nn.functional.scaled_dot_product_attention(
-            query[:, :, begin:end],
-            key[:, :, begin:end],
-            value[:, :, begin:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
-        for begin, end in itertools.pairwise(boundaries)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

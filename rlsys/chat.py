@@ -100,7 +100,8 @@ class Chat:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, without the end-of-turn mark."""
-        kept = [token for token in tokens if token != self.tokenizer.eos_token_id]
+        end_of_turn = self.tokenizer.eos_token_id  # looked up by name each time: slow
+        kept = [token for token in tokens if token != end_of_turn]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def parse_calls(self, text: str, *, turn_ended: bool) -> list[ToolCall]:

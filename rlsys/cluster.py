@@ -154,7 +154,7 @@ class Actor:
             if isinstance(error.cause, RlsysError):
                 raise error.cause from None
             cause = f"{type(error.cause).__name__}: {error.cause}"
-            wrapped = ActorError(f"{self.name}.{method} raised {cause}{_said_before(error.pid)}")
+            wrapped = ActorError(f"{self.name}.{method} raised {cause}{_said_before(getattr(error, 'pid', 0))}")
             wrapped.add_note(str(error))
             raise wrapped from error
         except RayActorError as error:

@@ -139,7 +139,7 @@ async def _converse(
         }
         completion = await engine.generate(track.tokens, sampling=options)
         track.append_written(completion)
-        turn += completion.text
+        turn += completion.text or (chat.decode(completion.tokens.tolist()) if chat.tools else "")
         if completion.finish_reason == "length":
             return "length"
         ended = completion.finish_reason == "stop"

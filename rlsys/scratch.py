@@ -46,7 +46,7 @@ class ScratchModel:
     """Number of transformer blocks; to copy a text, a model needs at least two."""
 
     num_heads: int = 4
-    """Number of query heads."""
+    """Number of query heads; vLLM on CPUs needs a head size (`hidden_size / num_heads`) of 32, 64, 80, ..."""
 
     num_kv_heads: int = 4
     """Number of key and value heads; must divide `num_heads`."""

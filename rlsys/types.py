@@ -46,7 +46,8 @@ class Problem:
 class Completion:
     """What one engine call wrote: `tokens`, `logprobs` and the `versions` of the weights that wrote them, each [T].
 
-    `text` is the decoded output; `finish_reason` is "stop" (end of turn), "stop_string" or "length".
+    `text` is the decoded output where the engine had to look for a stop string, else empty; `finish_reason` is "stop"
+    (end of turn), "stop_string" or "length".
     Never leaves the actor process.
     """
 
