@@ -57,6 +57,15 @@ class Stack:
         return self.version
 
 
+def hold_shared_head_twice(path: Path) -> None:
+    """Make it one of those checkpoints that hold the head and the embedding it shares: engines keep the two apart."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One engine and one learner group for all tests that need them."""
@@ -70,6 +79,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     config = load_config(folder / "stack.yaml")
     assert config.model.scratch is not None
     model = str(build_scratch_model(folder / "model", config.model.scratch))
+    hold_shared_head_twice(folder / "model" / "model.safetensors")
 
     async def start() -> tuple[Any, Any]:
         fleet, learners = await asyncio.gather(

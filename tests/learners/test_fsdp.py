@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -394,6 +395,9 @@ def test_the_exported_folder_is_an_ordinary_model_with_equal_weights(
     network = AutoModelForCausalLM.from_pretrained(folder / of / "export")
     assert_equal({name: p.detach() for name, p in network.named_parameters()}, results[who]["weights"])
     assert network.lm_head.weight is network.model.embed_tokens.weight
+    # Written a second time, an engine would take the shared head for weights of its own.
+    with safe_open(folder / of / "export" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(results[who]["weights"])
     assert AutoTokenizer.from_pretrained(folder / of / "export").chat_template
     assert network.generation_config.eos_token_id == network.config.eos_token_id
 

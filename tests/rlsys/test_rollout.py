@@ -52,7 +52,7 @@ class FakeEngine:
             tokens=np.array(ids, dtype=np.int32),
             logprobs=-(np.arange(len(ids), dtype=np.float32) + already + 1) / 1000,
             versions=np.full(len(ids), self.version - 1, dtype=np.int32),
-            text=text,
+            text=text if sampling["stop"] else "",  # as the real one: it decodes only to look for stop strings
             finish_reason="stop" if ends else "stop_string" if stops else "length",
         )
 
