@@ -82,7 +82,9 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     table = Table("key", "value", "from", box=None, pad_edge=False)
     for key, value in flatten(loaded).items():
         origin = known.get(key, "default")
-        table.add_row(key, str(value), origin, style="dim" if origin == "default" else None)
+        text = str(value)
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        table.add_row(key, shown, origin, style="dim" if origin == "default" else None)
     RichConsole().print(table)
 
 
