@@ -115,6 +115,7 @@ def check_model_and_rollouts(run: Path) -> None:
         assert {version for version, own in zip(row["versions"], row["loss_mask"], strict=True) if own} == {4}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -137,8 +138,8 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path: Path) -> None:
     ("overrides", "expected"),
     [
         (["learners.cpus=500"], "no node has 500 CPU for one of the learner rank"),
-        (["actors.count=400", "cluster.wait_seconds=2"], "the run asks for"),
-        (["actors.gpus=1", "cluster.wait_seconds=2"], "no node has"),
+        pytest.param(["actors.count=400"], "the run asks for", marks=pytest.mark.slow),
+        pytest.param(["actors.gpus=1"], "no node has", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_asks_for_more_than_there_is_says_so(tmp_path: Path, overrides: list[str], expected: str) -> None:
