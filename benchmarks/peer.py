@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ONE_THREAD, Sample
+from benchmarks.common import Sample
 from benchmarks.setup_trl import FOLDER
 
 _ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ class Peer:
         command = [str(python), "-m", "benchmarks.trl_peer", f"--threads={settings.threads}"]
         command += [f"--micro-batch={settings.micro_batch}"] + ["--continuous"] * settings.continuous
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        environment = {**os.environ, **ONE_THREAD, **offline, "OMP_NUM_THREADS": str(settings.threads)}
+        environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(settings.threads)}
         environment["MKL_NUM_THREADS"] = str(settings.threads)
         with log.open("w") as errors:
             process = await asyncio.create_subprocess_exec(

@@ -206,7 +206,7 @@ async def main() -> None:
     options = parser.parse_args()
     case = {**CASES[options.case], **({"max_tokens": options.max_tokens} if options.max_tokens else {})}
     folder = Path(tempfile.mkdtemp(prefix="rl_step_"))
-    common.one_thread()
+    common.set_threads()
     model = tiny_model(folder / "model") if case["ignore_eos"] else stopping_model(folder / "model")
     stream = problems(GROUPS * (2 + options.rounds * options.steps))
     log = folder / "trl.log"

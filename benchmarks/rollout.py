@@ -4,8 +4,9 @@
 
 Both sides write the same number of tokens to the same prompts (32 problems x 8 rollouts x 128 tokens by default, `eos`
 ignored) with the same model (3.3 M parameters, so that overhead shows: a larger model hides it) and the same engine
-settings: float32, processed log-probs of the sampled tokens, 64 sequences at a time, prefix caching, eager, one thread,
-no text decoded in the engine. vLLM's own runs in the driver's process, which spares it a hop that ours has.
+settings: float32, processed log-probs of the sampled tokens, 64 sequences at a time, prefix caching, eager, the same
+number of threads, no text decoded in the engine. vLLM's own runs in the driver's process, which spares it a hop that
+ours has; ours reports a completion once (`rlsys.actors.scheduler`), which spares it most of that hop.
 
 Ours: `RolloutFleet.act` in the driver -> Ray -> `RolloutActor.act` -> one coroutine of `run_rollout` for each rollout
 (chat template, token axis, decoding, reward, versions) -> `RolloutGroup`s back through Ray. Raw: `vllm.LLM.generate` in
@@ -147,8 +148,9 @@ async def main() -> None:
     parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--size", type=int, default=8, help="rollouts of each problem")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each rollout")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     options = parser.parse_args()
-    common.one_thread()
+    common.set_threads(options.threads)
     common.quiet_vllm()
     folder = Path(tempfile.mkdtemp(prefix="rollout_"))
     model = tiny_model(folder / "model")

@@ -234,7 +234,7 @@ async def main() -> None:
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of the latency")
     parser.add_argument("--tokens", type=int, nargs=2, default=[16, 64], help="least and most tokens of a turn")
     options = parser.parse_args()
-    common.one_thread()
+    common.set_threads()
     common.quiet_vllm()
     folder = Path(tempfile.mkdtemp(prefix="streaming_"))
     model = tiny_model(folder / "model")

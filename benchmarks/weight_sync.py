@@ -263,7 +263,7 @@ async def main() -> None:
     parser.add_argument("--flight-rounds", type=int, default=3, help="updates with requests in flight")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a quick trial")
     options = parser.parse_args()
-    common.one_thread()
+    common.set_threads()
     folder = Path(tempfile.mkdtemp(prefix="weight_sync_"))
     model = build_scratch_model(folder / "model", SMALL if options.small else MODEL)
     config = config_for(model, max_response_tokens=1, max_model_tokens=256)

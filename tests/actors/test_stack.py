@@ -91,14 +91,16 @@ def test_running_generations_are_kept_through_an_update_and_carry_both_versions(
 
 
 def test_a_policy_learns(stack: Any) -> None:
+    """By chance one token in thirty is a digit; the tests before this one may have taught it a little more."""
     stack.publish()
-    rewards = []
-    for _ in range(16):
+    rewards: list[float] = []
+    while len(rewards) < 40 and not (len(rewards) > 3 and np.mean(rewards[-3:]) > 0.5):
         groups = roll_out(stack, temperature=1.0, max_response_tokens=24)
         rewards.append(float(np.mean([r.reward for group in groups for r in group.rollouts])))
         learn(stack, groups, temperature=1.0)
         stack.publish()
-    assert np.mean(rewards[-3:]) > 3 * np.mean(rewards[:3]) + 0.05, rewards
+    assert np.mean(rewards[:3]) < 0.25, rewards
+    assert np.mean(rewards[-3:]) > 0.5, rewards
 
 
 def test_verify_names_the_engine_and_the_tensor() -> None:
