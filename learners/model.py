@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,17 @@ from rlsys.packing import MicroBatch
 _HEAD_CHUNK = 2048
 """Trained tokens whose logits exist at one time; memory is this times the vocabulary."""
 
+_LONG_PREFIX = 3
+"""A prefix this many times longer than what follows is read through a mask. A shorter one is attended again and the
+results dropped, which is cheaper: with a mask, CPU kernels also compute what it hides."""
+
+
+class Layout(NamedTuple):
+    """Where the segments of a pack are: `boundaries` [S+1], and for each the one that it continues or -1, [S]."""
+
+    boundaries: list[int]
+    prefixes: list[int]
+
 
 def packed_attention(
     _module: nn.Module,
@@ -26,22 +37,41 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    boundaries: list[int],
+    layout: Layout,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a pack; query [1, H, T, D], result [1, T, H, D].
 
-    Exactly block-diagonal: sequences are attended one by one, so nothing is computed for pairs of different
-    sequences and no mask is ever built.
+    Exactly block-diagonal: segments are attended one by one, each with the segment that it continues, so nothing is
+    computed for pairs of different sequences and no mask of the pack is ever built.
     """
-    lengths = [end - begin for begin, end in itertools.pairwise(boundaries)]
+    lengths = [end - begin for begin, end in itertools.pairwise(layout.boundaries)]
     # Split, not sliced: the backward pass of a slice fills a gradient of the whole pack.
-    parts = [
-        nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
+
+    def attend(index: int, prefix: int) -> Tensor:
+        q, k, v = queries[index], keys[index], values[index]
+        own, mask = q.shape[2], None
+        if prefix >= 0:
+            before = lengths[prefix]
+            k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
+            if before > _LONG_PREFIX * own:
+                mask = torch.ones(own, before + own, dtype=torch.bool, device=q.device).tril(before)
+            else:
+                q = torch.cat([queries[prefix], q], 2)
+        result = nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
+        return result[:, :, -own:]
+
+    parts = [attend(index, prefix) for index, prefix in enumerate(layout.prefixes)]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -72,7 +102,7 @@ class Policy(nn.Module):
         return layers
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, boundaries: list[int], targets: Tensor, temperature: float
+        self, tokens: Tensor, positions: Tensor, layout: Layout, targets: Tensor, sources: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probs (with gradient) and entropies (without) of `targets` [N], both [N] float32.
 
@@ -80,9 +110,9 @@ class Policy(nn.Module):
         in the backward pass, so tokens x vocabulary never exists at once.
         """
         hidden = self.hf.model(  # type: ignore[operator]
-            input_ids=tokens[None], position_ids=positions[None], boundaries=boundaries, use_cache=False
+            input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
         )[0][0]
-        before = hidden[targets - 1]
+        before = hidden[sources]
         labels = tokens[targets]
         chunks = [
             checkpoint(
@@ -100,18 +130,19 @@ class Policy(nn.Module):
         return normalised.gather(-1, labels[:, None])[:, 0], entropy
 
 
-def to_tensors(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, list[int], Tensor]:
-    """Tokens, positions, boundaries and targets as `Policy.forward` takes them.
+def to_tensors(micro: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Layout, Tensor, Tensor]:
+    """Tokens, positions, layout, targets and sources as `Policy.forward` takes them.
 
     An empty micro-batch becomes one token that trains nothing: a sharded rank must run the same layers as the others.
     """
     tokens, positions = micro.tokens, micro.positions
-    boundaries = micro.boundaries.tolist()
+    layout = Layout(micro.boundaries.tolist(), micro.prefixes.tolist())
     if not len(tokens):
-        tokens, positions, boundaries = np.zeros(1, np.int32), np.zeros(1, np.int32), [0, 1]
+        tokens, positions, layout = np.zeros(1, np.int32), np.zeros(1, np.int32), Layout([0, 1], [-1])
     return (
         torch.from_numpy(tokens.astype(np.int64)).to(device),
         torch.from_numpy(positions.astype(np.int64)).to(device),
-        boundaries,
+        layout,
         torch.from_numpy(micro.targets.copy()).to(device),
+        torch.from_numpy(micro.sources.copy()).to(device),
     )

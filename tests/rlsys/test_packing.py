@@ -151,3 +151,75 @@ def test_a_sequence_longer_than_the_budget_is_alone_and_the_rest_is_packed(num_r
     bins = [bin_ for rank in plan for bin_ in rank]
     assert [0] in bins
     assert all(len(bin_) <= 2 for bin_ in bins)
+
+
+def family(prompt: list[int], *answers: list[int]) -> list[Rollout]:
+    return [
+        Rollout(
+            tokens=np.array([*prompt, *answer], dtype=np.int32),
+            loss_mask=np.arange(len(prompt) + len(answer)) >= len(prompt),
+            logprobs=-np.array([*prompt, *answer], dtype=np.float32),
+            versions=np.zeros(len(prompt) + len(answer), dtype=np.int32),
+        )
+        for answer in answers
+    ]
+
+
+def batch_from(rollouts: list[Rollout]) -> TrainBatch:
+    advantages = tuple(rollout.tokens.astype(np.float32) for rollout in rollouts)
+    return TrainBatch(rollouts=tuple(rollouts), advantages=advantages, num_tokens=1)
+
+
+def test_a_shared_prompt_is_laid_down_once_worked_by_hand() -> None:
+    rollouts = [*family([1, 2, 3], [10, 11], [20]), *family([4, 5], [30])]
+    micro = pack(batch_from(rollouts), [0, 1, 2])
+    assert micro.tokens.tolist() == [1, 2, 3, 10, 11, 20, 4, 5, 30]
+    assert micro.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert micro.boundaries.tolist() == [0, 3, 5, 6, 9]
+    assert micro.prefixes.tolist() == [-1, 0, 0, -1]
+    assert micro.targets.tolist() == [3, 4, 5, 8]
+    assert micro.sources.tolist() == [2, 3, 2, 7]
+    assert micro.advantages.tolist() == [10, 11, 20, 30]
+    assert micro.rollout_logprobs.tolist() == [-10, -11, -20, -30]
+
+
+def test_siblings_that_wrote_nothing_leave_only_their_prompt() -> None:
+    micro = pack(batch_from(family([1, 2], [], [])), [0, 1])
+    assert (micro.tokens.tolist(), micro.prefixes.tolist(), micro.targets.tolist()) == ([1, 2], [-1], [])
+
+
+def test_whole_groups_stay_together_and_split_between_ranks() -> None:
+    rollouts = [r for g in range(8) for r in family([g] * 10, *[[100 * g + i] * 4 for i in range(8)])]
+    shares = shard(batch_from(rollouts), num_ranks=2, max_tokens=10_000)
+    assert [[len(micro.tokens) for micro in rank] for rank in shares] == [[4 * (10 + 8 * 4)]] * 2
+
+
+def test_a_single_group_is_parted_for_the_ranks() -> None:
+    shares = shard(batch_from(family([7] * 10, *[[i] * 20 for i in range(8)])), num_ranks=2, max_tokens=10_000)
+    trained = [sum(len(micro.targets) for micro in rank) for rank in shares]
+    assert trained == [80, 80]
+
+
+answers_of = st.lists(st.lists(st.integers(0, 9), max_size=12), min_size=1, max_size=6)
+
+
+@PATIENT
+@given(st.lists(answers_of, min_size=1, max_size=6), st.integers(0, 8), ranks, budgets)
+def test_nothing_is_lost_where_prompts_are_shared(
+    groups: list[list[list[int]]], prompt: int, num_ranks: int, budget: int
+) -> None:
+    rollouts = [r for i, answers in enumerate(groups) for r in family([50 + i] * prompt, *answers)]
+    found = []
+    for micro in (
+        micro for rank in shard(batch_from(rollouts), num_ranks=num_ranks, max_tokens=budget) for micro in rank
+    ):
+        assert (micro.positions[micro.targets] == micro.positions[micro.sources] + 1).all()
+        pieces = unpacked(micro)
+        continued = set(micro.prefixes.tolist())
+        for index, (piece, prefix) in enumerate(zip(pieces, micro.prefixes.tolist(), strict=True)):
+            if index not in continued:
+                found.append([*(pieces[prefix].tolist() if prefix >= 0 else []), *piece.tolist()])
+        units = len(pieces) - len(continued - {-1})
+        assert units <= 1 or len(micro.tokens) <= budget
+    written = [rollout.tokens.tolist() for rollout in rollouts if rollout.num_trained_tokens]
+    assert sorted(f for f in found if f in written) == sorted(written)
