@@ -28,11 +28,14 @@ class RolloutActor:
             )
             for position, reward in enumerate(config.rewards)
         ]
-        tools = [build(tool.use, tool.options, place=f"tools.{i}") for i, tool in enumerate(config.tools)]
-        self._chat = Chat.load(model_path, tools, config.chat)
+        self._tools = [build(tool.use, tool.options, place=f"tools.{i}") for i, tool in enumerate(config.tools)]
+        self._chat = Chat.load(model_path, self._tools, config.chat)
 
     async def start(self) -> str:
-        """Start the engine; returns the name of its weight transfer back end."""
+        """Start plug-ins and engine; returns the name of the engine's weight transfer back end."""
+        for plug_in in (*(term.reward for term in self._rewards), *self._tools):
+            if (start := getattr(plug_in, "start", None)) is not None:
+                await start()
         from rlsys.actors.engine import VllmEngine
 
         self._engine = VllmEngine(
@@ -88,9 +91,8 @@ class RolloutActor:
         return await self._engine.receive_weights(plan)
 
     async def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes and what the rewards hold."""
         self._engine.close()
         for term in self._rewards:
-            close = getattr(term.reward, "close", None)
-            if close is not None:
+            if (close := getattr(term.reward, "close", None)) is not None:
                 close()

@@ -4,7 +4,8 @@ vLLM serves people who read along: after every step each running request sends i
 process to the front end, where it is listed and counted. A rollout is read by nobody until it ends, and with a small
 model or many sequences that traffic costs as much as the step itself. These schedulers keep a request's tokens and
 log-probs in the engine's process and hand them over when the request ends or generation is paused, so that no message
-mixes weight versions. Requests with stop strings, which the front end finds by decoding, are reported as ever.
+mixes weight versions. Requests whose tokens are streamed, or that have stop strings, which the front end finds by
+decoding, are reported as ever.
 
 vLLM's `scheduler_cls` option takes them but does not promise to keep that interface: the tests of the real stack, which
 compare every log-prob and version with the learner's, run on them.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -64,8 +66,9 @@ class _ReportOnce(_Base):
         """Everything of this output's request if it must be reported now."""
         self._held.setdefault(output.request_id, []).append(output)
         request = self.requests.get(output.request_id)
-        streamed = request is not None and request.sampling_params is not None and bool(request.sampling_params.stop)
-        return self._take(output.request_id) if output.finished or streamed else None
+        if output.finished or request is None or _is_followed(request.sampling_params):
+            return self._take(output.request_id)
+        return None
 
     def _take(self, request_id: str) -> EngineCoreOutput:
         held = self._held.pop(request_id)
@@ -87,6 +90,11 @@ def _joined(outputs: list[EngineCoreOutput]) -> EngineCoreOutput:
     last.prefill_stats = first.prefill_stats
     last.new_prompt_logprobs_tensors = first.new_prompt_logprobs_tensors
     return last
+
+
+def _is_followed(sampling: SamplingParams | None) -> bool:
+    """Whether the front end looks at every token: for a reader, or for strings to stop at."""
+    return sampling is None or bool(sampling.stop) or sampling.output_kind != RequestOutputKind.FINAL_ONLY
 
 
 def _is_empty(batch: EngineCoreOutputs) -> bool:

@@ -22,7 +22,7 @@ from rlsys.config import (
 )
 from rlsys.data import reasoning_gym_problems
 from rlsys.interfaces import Engine
-from rlsys.scratch import CHAT_TEMPLATE, PAD, TURN_END, TURN_START, ScratchModel, build_scratch_model
+from rlsys.scratch import ScratchModel, build_scratch_model, byte_tokenizer
 from rlsys.types import Completion, Problem
 
 TINY = ScratchModel(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4, intermediate_size=704, max_length=2048)
@@ -44,7 +44,9 @@ def stopping_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     build_scratch_model(folder, TINY)
-    tokenizer = ascii_tokenizer(max_length=TINY.max_length)
+    printable = "\t\n" + "".join(map(chr, range(32, 127)))
+    tokenizer = byte_tokenizer(words=(), characters=printable, max_length=TINY.max_length)
+    assert len(tokenizer) == 100
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer))
     with torch.no_grad():
@@ -56,30 +58,6 @@ def stopping_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def ascii_tokenizer(*, max_length: int) -> Any:
-    """One token for each printable ASCII character, tab and newline, and three special tokens: 100 in all."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters = [byte_level.pre_tokenize_str(character)[0][0] for character in "\t\n" + "".join(map(chr, range(32, 127)))]
-    special = (PAD, TURN_START, TURN_END)
-    inner = Tokenizer(models.BPE({text: index for index, text in enumerate((*special, *letters))}, []))
-    inner.pre_tokenizer, inner.decoder = byte_level, decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner,
-        pad_token=PAD,
-        eos_token=TURN_END,
-        additional_special_tokens=[TURN_START],
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    assert len(tokenizer) == 100
-    return tokenizer
 
 
 def problems(size: int, *, seed: int = 0) -> list[Problem]:

@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,6 +61,7 @@ class FsdpLearner:
         self._skipped_in_a_row = 0
         self._sender: WeightSender | None = None
         self._reference: Policy | None = None
+        self._reference_moved = False
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this rank's node, for the others to meet at."""
@@ -126,7 +129,7 @@ class FsdpLearner:
         return [(name.removeprefix("hf."), parameter) for name, parameter in self._policy.named_parameters()]
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, num_tokens: int, temperature: float, **loss_options: float
+        self, micro_batches: Sequence[MicroBatch], *, num_tokens: int, temperature: float, **loss_options: Any
     ) -> dict[str, float]:
         """One optimizer step on this rank's share of a batch with `num_tokens` trained tokens in all ranks together.
 
@@ -149,7 +152,7 @@ class FsdpLearner:
         return totals
 
     def _loss_of(
-        self, micro: MicroBatch, temperature: float, loss_options: dict[str, float]
+        self, micro: MicroBatch, temperature: float, loss_options: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], float]:
         arguments = to_tensors(micro, self._device)
         logprobs, entropy = self._policy(*arguments, temperature)
@@ -163,13 +166,20 @@ class FsdpLearner:
                 logprobs=logprobs,
                 rollout_logprobs=rollout_logprobs,
                 advantages=torch.from_numpy(micro.advantages).to(self._device),
+                sequences=torch.from_numpy(micro.sequences).to(self._device),
                 ref_logprobs=reference,
                 **loss_options,
             )
         )
+        if outputs.loss.shape != logprobs.shape:
+            raise ValueError(
+                f"the loss function returned a loss of shape {tuple(outputs.loss.shape)} for {len(logprobs)} tokens; "
+                "return one number for each token, without summing"
+            )
+        loss = (outputs.loss * torch.from_numpy(micro.weights).to(self._device)).sum()
         gaps = (logprobs.detach() - rollout_logprobs).abs()
         sums = {**outputs.sums, "entropy": entropy.sum(), "logprob_gap": gaps.sum()}
-        return outputs.loss, sums, float(gaps.max()) if len(gaps) else 0.0
+        return loss, sums, float(gaps.max()) if len(gaps) else 0.0
 
     def _update(self) -> dict[str, float]:
         parameters = list(self._policy.parameters())
@@ -185,6 +195,15 @@ class FsdpLearner:
         self._step += 1
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         return {"grad_norm": norm_value, "lr": lr, "skipped_in_a_row": float(self._skipped_in_a_row)}
+
+    def reset_reference(self) -> None:
+        """Make the current policy the reference of the KL penalty."""
+        assert self._reference is not None, "the learner was started without a reference"
+        self._reference.reshard()  # type: ignore[operator]
+        with torch.no_grad():
+            for kept, current in zip(self._reference.parameters(), self._policy.parameters(), strict=True):
+                kept.copy_(current)
+        self._reference_moved = True
 
     def open_weights(self, group: WeightGroup, *, backend: str, timeout: float) -> None:
         """Meet the engines; only rank 0 sends, the others help to gather."""
@@ -208,23 +227,33 @@ class FsdpLearner:
         return {}
 
     def save(self, folder: str) -> None:
-        """Write this rank's shards of model and optimizer into a fresh folder."""
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(self._step)}
-        save_distributed(state, checkpoint_id=folder)
+        """Write this rank's shards of model and optimizer into a fresh folder, and of the reference if it was reset."""
+        save_distributed(self._state(), checkpoint_id=folder)
 
     def load(self, folder: str) -> None:
         """Read back what `save` wrote, at this or another world size."""
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(0)}
         try:
+            saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+            self._reference_moved = any(name.startswith("reference.") for name in saved)
+            state = self._state()
             load_distributed(state, checkpoint_id=folder)
         except (RuntimeError, OSError, CheckpointException) as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from error
         set_state_dict(
             self._policy, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if self._reference is not None and self._reference_moved:
+            set_model_state_dict(self._reference, state["reference"])
         self._step = int(state["step"])
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds, as it is now."""
+        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(self._step)}
+        if self._reference is not None and self._reference_moved:
+            self._reference.reshard()  # type: ignore[operator]
+            state["reference"] = get_model_state_dict(self._reference)
+        return state
 
     def export(self, folder: str) -> None:
         """Write a `save_pretrained` folder, tokenizer included; every rank takes part, rank 0 writes."""

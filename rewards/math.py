@@ -69,11 +69,12 @@ class MathReward:
             raise ValueError(
                 f"problem {problem.id!r} has no answer, which MathReward compares with; set Problem.answer"
             )
-        status = await self._grade(problem.answer, response)
-        return RewardResult(score=self.correct if status == "correct" else self.wrong, status=status)
-
-    async def _grade(self, reference: str, response: str) -> str:
         found = find_answer(response, strict=self.strict)
+        status = await self._grade(problem.answer, found)
+        score = self.correct if status == "correct" else self.wrong
+        return RewardResult(score=score, status=status, extracted=found and found[:MAX_ANSWER_CHARACTERS])
+
+    async def _grade(self, reference: str, found: str | None) -> str:
         answer = normalize(found[: MAX_ANSWER_CHARACTERS + 1]) if found else ""
         if not answer:
             return "no_answer"

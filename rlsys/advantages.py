@@ -1,4 +1,4 @@
-"""Credit assignment within a group: pure functions from rewards [G] to advantages [G]."""
+"""Credit assignment: pure functions from the rewards of a group [G] to advantages [G], and what is done to a batch's."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def rloo(rewards: Array) -> Array:
     if len(rewards) < 2:
         raise ValueError(f"rloo needs at least 2 siblings, got {len(rewards)}")
     return np.asarray((rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1))
+
+
+def reward_itself(rewards: Array) -> Array:
+    """The rewards as they are: no baseline but that of the batch, with `rl.whiten_advantages`.
+
+    REINFORCE++ (arXiv 2501.03262).
+    """
+    return rewards
+
+
+def whiten(advantages: Array) -> Array:
+    """`(A - mean) / std` over all rollouts of a batch; all zeros where they are equal.
+
+    REINFORCE++ (arXiv 2501.03262), there over tokens; here every rollout counts once, whatever its length.
+    """
+    return grpo(advantages)

@@ -38,13 +38,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change: section.key=value ...", show_default=False)
 ]
 
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Begin anew; an earlier run is kept beside it.")]
+
 
 @app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; an earlier run is kept beside it.")] = False,
+    resume: _Resume = False,
+    fresh: _Fresh = False,
 ) -> None:
     """Run the stages of CONFIG: supervised fine-tuning, reinforcement learning, evaluation."""
     from rlsys.run import train as run_training
@@ -93,6 +96,8 @@ def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     address: Annotated[str, typer.Option(help="Address of the cluster's job server.")] = "http://127.0.0.1:8265",
+    resume: _Resume = False,
+    fresh: _Fresh = False,
     wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
 ) -> None:
     """Run `rlsys train CONFIG` as a Ray job, with this folder as its working directory.
@@ -102,7 +107,7 @@ def submit(
     """
     from rlsys.cluster import is_local, submit_job
 
-    arguments = [str(config), *(overrides or [])]
+    arguments = [str(config), *(overrides or []), *["--resume"] * resume, *["--fresh"] * fresh]
     run_dir = Path(load_config(config, overrides or []).run_dir)  # an error costs nothing here
     if not run_dir.is_absolute():
         if not is_local(address):
@@ -112,6 +117,39 @@ def submit(
             )
         arguments.append(f"run_dir={run_dir.absolute()}")
     raise typer.Exit(submit_job(arguments, address=address, wait=wait))
+
+
+@app.command("grade")
+def grade_responses(
+    file: Annotated[Path, typer.Argument(help='JSONL with {"response", "answer"} in each line.', show_default=False)],
+    reward: Annotated[str, typer.Option(help="`module:object` of any reward.")] = "rlsys.rewards.math:MathReward",
+    option: Annotated[list[str] | None, typer.Option(help="Its options: name=value ...", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="By default FILE with the ending .graded.jsonl.")] = None,
+) -> None:
+    """Grade the responses in FILE, one result line for each, and print what came out.
+
+    A result is `{"score", "status", "extracted", "seconds"}`; where the reward raised, the status is `failed`, the score
+    null and `message` says why. Responses are graded one after the other.
+    """
+    import yaml
+
+    from rlsys.console import Console
+    from rlsys.grading import grade_file, read_responses, summary_rows
+    from rlsys.plugins import build
+
+    pairs = [text.partition("=") for text in option or []]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise ConfigError(f"--option {bad[0]!r} is not of the form name=value")
+    sys.path.insert(0, os.getcwd())  # the user's own module lies where the user stands
+    built = build(reward, {key: yaml.safe_load(value) for key, _, value in pairs}, place="--reward")
+    target = output or file.with_suffix(".graded.jsonl")
+    with Console().counting("grading", total=len(read_responses(file))) as tell:
+        graded = grade_file(built, file, target, tell=tell)
+    table = Table("status", "responses", "share", "mean score", "median ms", "max ms", box=None, pad_edge=False)
+    for row in summary_rows(graded):
+        table.add_row(*row, style="bold" if row[0] == "all" else None)
+    RichConsole().print(table)
+    RichConsole(highlight=False).print(f"every result: {target}", soft_wrap=True)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from rlsys.errors import ConfigError
 from rlsys.scratch import ScratchModel
 
 STAGES = ("sft", "rl", "eval")
+Aggregation = Literal["token", "sequence", "constant"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -224,14 +225,24 @@ class RlConfig:
     """Weights may be at most so many versions newer than those a rollout began with; 0 is synchronous."""
     advantage: str = "rlsys.advantages:grpo"
     """Function from the rewards of a group [G] to their advantages [G]."""
+    whiten_advantages: bool = False
+    """Bring the advantages of a whole batch to mean 0 and standard deviation 1 (REINFORCE++)."""
     loss: str = "rlsys.losses:clipped_policy_gradient"
     """Function from `LossInputs` to `LossOutputs`."""
+    aggregation: Aggregation = "token"
+    """How the losses of tokens become one: their mean (DAPO); `sequence`, the mean over rollouts of each one's mean (GRPO
+    as published, GSPO); `constant`, sums over rollouts divided by `sampling.max_response_tokens`, so that length does
+    not matter (Dr.GRPO)."""
     clip_low: float = 0.2
     """Lower trust region: the ratio counts down to 1 - clip_low."""
     clip_high: float = 0.2
     """Upper trust region: the ratio counts up to 1 + clip_high."""
     kl_coef: float = 0.0
-    """Weight of the KL penalty to the frozen policy that the stage began with; 0 loads no reference."""
+    """Weight of the KL penalty to a frozen policy, the reference; 0 loads none."""
+    reference_every: int = 0
+    """Policy steps after which the reference is replaced by the current policy; 0 keeps the one the stage began with."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """How the KL penalty is estimated from the sampled token."""
     kl_schedule: Literal["constant", "cosine"] = "constant"
     """The KL weight stays, or falls by a cosine to 0 at the last step."""
     skip_uninformative: bool = False
@@ -254,6 +265,8 @@ class RlConfig:
 
     def __post_init__(self) -> None:
         _require(self.group_size >= 2, "rl.group_size must be at least 2: a group is compared with itself")
+        _require(self.reference_every >= 0, f"rl.reference_every is {self.reference_every}; 0 keeps the reference")
+        _require(self.keep_checkpoints >= 1, f"rl.keep_checkpoints is {self.keep_checkpoints}; keep at least 1")
         _require(self.max_staleness >= 0, f"rl.max_staleness is {self.max_staleness}; 0 is synchronous")
         _require(
             self.sampling.top_p == 1.0 and self.sampling.temperature > 0,
@@ -359,13 +372,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would drop the first one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first and key.value != "<<":
+                raise ConfigError(f"`{key.value}` stands twice, in line {first[key.value]} and in line {line}; keep one")
+            first[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_tree(path: str | Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 - a safe loader
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration at {path}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `section: ...` lines, got {type(tree).__name__}")
     return tree

@@ -115,7 +115,7 @@ class LearnerGroup:
         plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
         return cls(ranks, plans[0], config)
 
-    async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: float) -> dict[str, float]:
+    async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:
         """One optimizer step; returns means over trained tokens, the gradient norm and the seconds it took."""
         budget = self._config.learners.max_tokens_per_micro_batch
         shares = shard(batch, num_ranks=len(self._ranks), max_tokens=budget)
@@ -169,6 +169,10 @@ class LearnerGroup:
         await fleet.call_all("resume", version, seconds=seconds)
         ended = time.perf_counter()
         return {"pause": paused - started, "transfer": moved - paused, "total": ended - started}
+
+    async def reset_reference(self) -> None:
+        """Make the current policy the reference of the KL penalty."""
+        await self._call_all("reset_reference")
 
     async def save(self, folder: Path) -> None:
         """Write all shards into `folder`."""

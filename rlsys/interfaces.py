@@ -1,4 +1,8 @@
-"""What a plug-in must look like. Any class of this shape works; nothing has to be inherited or registered."""
+"""What a plug-in must look like. Any class of this shape works; nothing has to be inherited or registered.
+
+Rewards and tools may also have `async start()`, awaited once in each actor before its first rollout, which raises where
+the plug-in cannot work on this host. A reward may have `close()`, called when its actor ends.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ from rlsys.types import Completion, Problem, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """A score with how it came about: `status` is counted per batch, `terms` are logged one by one."""
+    """A score with how it came about: `status` is counted per batch, `terms` are logged one by one.
+
+    `extracted` is the part of the response that was graded, for people to read.
+    """
 
     score: float
     status: str = "ok"
     terms: Mapping[str, float] = field(default_factory=dict)
+    extracted: str | None = None
 
 
 class Reward(Protocol):

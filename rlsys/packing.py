@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ class MicroBatch:
 
     `tokens` and `positions` [T]; `boundaries` [S+1] where segments begin and end; `prefixes` [S] the earlier segment
     that each continues, -1 for none; `targets` [N] indices of the trained tokens (never the first of a sequence) and
-    `sources` [N] of the tokens before them; `advantages` and `rollout_logprobs` [N].
+    `sources` [N] of the tokens before them; `advantages`, `rollout_logprobs` and `weights` (of the tokens' losses) [N];
+    `sequences` [N] numbers the sequences from 0.
     """
 
     tokens: NDArray[np.int32]
@@ -34,6 +35,8 @@ class MicroBatch:
     sources: NDArray[np.int64]
     advantages: NDArray[np.float32]
     rollout_logprobs: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    sequences: NDArray[np.int64]
 
 
 class _Family(NamedTuple):
@@ -99,6 +102,9 @@ def pack(batch: TrainBatch, indices: Sequence[int]) -> MicroBatch:
     def cut(arrays: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
         return joined((arrays[s.member][s.begin : s.end] for s in segments), dtype)
 
+    def repeated(values: Sequence[float] | Mapping[int, int], dtype: type) -> NDArray[Any]:
+        return joined((np.full(s.end - s.begin, values[s.member]) for s in segments), dtype)
+
     rollouts = batch.rollouts
     positions = joined((np.arange(s.begin, s.end) for s in segments), np.int32)
     trained = cut([rollout.loss_mask for rollout in rollouts], np.bool_)
@@ -117,6 +123,8 @@ def pack(batch: TrainBatch, indices: Sequence[int]) -> MicroBatch:
         sources=before[trained],
         advantages=cut(batch.advantages, np.float32)[trained],
         rollout_logprobs=cut([rollout.logprobs for rollout in rollouts], np.float32)[trained],
+        weights=repeated(batch.weights, np.float32)[trained],
+        sequences=repeated({member: number for number, member in enumerate(indices)}, np.int64)[trained],
     )
 
 

@@ -87,7 +87,7 @@ def build_scratch_model(folder: str | Path, model: ScratchModel = ScratchModel()
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     folder = Path(folder)
-    tokenizer = byte_tokenizer(words=model.words, max_length=model.max_length)
+    tokenizer = byte_tokenizer(words=[*MARKS, *model.words], max_length=model.max_length)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -114,8 +114,10 @@ def build_scratch_model(folder: str | Path, model: ScratchModel = ScratchModel()
     return folder
 
 
-def byte_tokenizer(*, words: Sequence[str] = WORDS, max_length: int = 512) -> Any:
-    """A transformers tokenizer: one token per byte, so per printable ASCII character, and one per mark and word.
+def byte_tokenizer(
+    *, words: Sequence[str] = (*MARKS, *WORDS), characters: str | None = None, max_length: int = 512
+) -> Any:
+    """A transformers tokenizer: one token per byte (or only for these ASCII `characters`), and one per word.
 
     It is Qwen2's byte-level BPE without merges, because transformers loads that class for a Qwen2 model whatever the
     folder says. Decoding gives any text back exactly.
@@ -124,12 +126,16 @@ def byte_tokenizer(*, words: Sequence[str] = WORDS, max_length: int = 512) -> An
     from transformers import PreTrainedTokenizerFast
 
     special = (PAD, TURN_START, TURN_END)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if characters is None:
+        alphabet = sorted(byte_level.alphabet())
+    else:
+        alphabet = [byte_level.pre_tokenize_str(character)[0][0] for character in characters]
     inner = Tokenizer(models.BPE({text: index for index, text in enumerate((*special, *alphabet))}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = byte_level
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    inner.add_tokens([AddedToken(text, normalized=False) for text in (*MARKS, *words)])
+    inner.add_tokens([AddedToken(text, normalized=False) for text in words])
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=inner,
         pad_token=PAD,

@@ -122,7 +122,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """One optimizer step's data: rollouts and one advantage array [T] for each.
+    """One optimizer step's data: rollouts, and for each one advantage array [T] and the weight of its tokens' losses.
 
     `num_tokens` is the number of trained tokens in the *global* batch; every loss sum is divided by it, so that
     neither micro-batches nor the number of ranks change the gradient.
@@ -130,11 +130,15 @@ class TrainBatch:
 
     rollouts: tuple[Rollout, ...]
     advantages: tuple[NDArray[np.float32], ...]
+    weights: tuple[float, ...]
     num_tokens: int
 
     def __post_init__(self) -> None:
-        if len(self.rollouts) != len(self.advantages):
-            raise ValueError(f"{len(self.rollouts)} rollouts but {len(self.advantages)} advantage arrays")
+        if not len(self.rollouts) == len(self.advantages) == len(self.weights):
+            raise ValueError(
+                f"{len(self.rollouts)} rollouts, but {len(self.advantages)} advantage arrays and {len(self.weights)} "
+                "weights"
+            )
         for index, (rollout, advantage) in enumerate(zip(self.rollouts, self.advantages, strict=True)):
             if advantage.shape != rollout.tokens.shape:
                 raise ValueError(f"rollout {index} has {len(rollout)} tokens but advantages of shape {advantage.shape}")

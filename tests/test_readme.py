@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.algorithms import algorithms
+from rlsys.config import load_config
 from rlsys.interfaces import ToolResult
+from rlsys.plugins import resolve
 from rlsys.rollout import RewardTerm
 from rlsys.types import Problem, Rollout
 
@@ -84,3 +87,12 @@ def test_the_make_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for command in re.findall(r"^\$ make ([\w-]+)", README, re.MULTILINE):
         assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
+
+def test_every_algorithm_of_the_readme_is_a_valid_configuration() -> None:
+    found = algorithms()
+    assert len(found) == README.partition("## Algorithms")[2].partition("## ")[0].count("\n|") - 2
+    for settings in found.values():
+        config = load_config(ROOT / "configs" / "quickstart.yaml", settings)
+        for reference in (config.rl.advantage, config.rl.loss):
+            assert callable(resolve(reference, place="rl"))

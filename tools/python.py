@@ -80,6 +80,14 @@ class PythonTool:
         self.allow_network = allow_network
         self.python = python or sys.executable
 
+    async def start(self) -> None:
+        """Try one interpreter; RuntimeError where the host cannot run it, with the fix."""
+        session = await self.open("start")
+        try:
+            await session.call({"code": "1"})
+        finally:
+            await session.close()
+
     async def open(self, rollout_id: str) -> PythonSession:
         """Begin a rollout's session; no process is started before its first call."""
         return PythonSession(self, rollout_id)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlsys.checkpoint import CheckpointStore
-from rlsys.config import Config
+from rlsys.config import Aggregation, Config
 from rlsys.console import Console
 from rlsys.errors import DataError
 from rlsys.fleet import LearnerGroup
@@ -54,15 +54,31 @@ def endless(items: Sequence[_T], *, seed: int, skip: int) -> Iterator[_T]:
             yield items[int(index)]
 
 
-def assemble(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> TrainBatch:
-    """A batch with one advantage for all tokens of a rollout."""
+def assemble(
+    rollouts: Sequence[Rollout], advantages: Sequence[float], *, aggregation: Aggregation = "token", constant: int = 1
+) -> TrainBatch:
+    """A batch with one advantage for all tokens of a rollout.
+
+    The learner divides the weighted sum over tokens by their number. So with weights 1 the loss is the mean over tokens;
+    with `sequence` it is the mean over rollouts of each one's mean; with `constant` the sum over a rollout's tokens is
+    divided by that number, whatever its length, and then the mean is taken over rollouts.
+    """
+    num_tokens = sum(rollout.num_trained_tokens for rollout in rollouts)
+    mean_length = num_tokens / max(1, len(rollouts))
+
+    def weight(rollout: Rollout) -> float:
+        if aggregation == "token":
+            return 1.0
+        return mean_length / (constant if aggregation == "constant" else max(1, rollout.num_trained_tokens))
+
     return TrainBatch(
         rollouts=tuple(rollouts),
         advantages=tuple(
             np.full(len(rollout), advantage, dtype=np.float32)
             for rollout, advantage in zip(rollouts, advantages, strict=True)
         ),
-        num_tokens=sum(rollout.num_trained_tokens for rollout in rollouts),
+        weights=tuple(weight(rollout) for rollout in rollouts),
+        num_tokens=num_tokens,
     )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.advantages import whiten
 from rlsys.checkpoint import CheckpointStore
 from rlsys.config import RlConfig
-from rlsys.errors import DataError, WeightSyncError
+from rlsys.errors import ConfigError, DataError, WeightSyncError
 from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
 from rlsys.loop import Loop, LoopState
 from rlsys.plugins import resolve
@@ -152,7 +153,7 @@ class _RlTrainer:
     async def _learn(self, step: int, groups: list[RolloutGroup], dropped: Mapping[str, int]) -> None:
         seconds = {"rollout": time.perf_counter() - self._started_at}
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        advantages = [float(a) for group in groups for a in self._advantage(group.rewards)]
+        advantages = self._advantages(groups)
         staleness = [step - 1 - rollout.first_version for rollout in rollouts if rollout.num_trained_tokens]
         assert max(staleness) <= self._stage.max_staleness, "the loop broke its staleness bound"
         metrics = await self._update(step, rollouts, advantages)
@@ -163,6 +164,8 @@ class _RlTrainer:
                 "sample and score differently"
             )
         seconds["learn"] = metrics.pop("seconds")
+        if self._stage.kl_coef > 0 and self._stage.reference_every and step % self._stage.reference_every == 0:
+            await self._learners.reset_reference()
         published = await self._learners.publish(self._fleet, step)
         seconds |= {"publish": published["total"], "publish_pause": published["pause"]}
         recording = time.perf_counter()
@@ -197,6 +200,18 @@ class _RlTrainer:
             seconds=total,
         )
 
+    def _advantages(self, groups: Sequence[RolloutGroup]) -> list[float]:
+        """One for each rollout, in the order of the groups."""
+        parts = [np.asarray(self._advantage(group.rewards), dtype=np.float64) for group in groups]
+        for group, part in zip(groups, parts, strict=True):
+            if part.shape != group.rewards.shape or not np.isfinite(part).all():
+                raise ConfigError(
+                    f"rl.advantage={self._stage.advantage} made {part.tolist()} of the rewards {group.rewards.tolist()}; "
+                    "it must return one finite number for each"
+                )
+        found = np.concatenate(parts)
+        return [float(value) for value in (whiten(found) if self._stage.whiten_advantages else found)]
+
     async def _update(self, step: int, rollouts: list[Rollout], advantages: list[float]) -> dict[str, float]:
         """All optimizer steps of one policy step; the metrics are of the first, which sees the policy that sampled."""
         order = np.random.default_rng([self._run.config.seed, step]).permutation(len(rollouts))
@@ -206,11 +221,17 @@ class _RlTrainer:
             if not any(rollouts[i].num_trained_tokens for i in part):
                 continue
             metrics = await self._learners.step(
-                assemble([rollouts[i] for i in part], [advantages[i] for i in part]),
+                assemble(
+                    [rollouts[i] for i in part],
+                    [advantages[i] for i in part],
+                    aggregation=self._stage.aggregation,
+                    constant=self._stage.sampling.max_response_tokens,
+                ),
                 temperature=self._stage.sampling.temperature,
                 clip_low=self._stage.clip_low,
                 clip_high=self._stage.clip_high,
                 kl_coef=self._kl_coef(step),
+                kl_estimator=self._stage.kl_estimator,
             )
             check_finite(metrics, self._stage.optimizer.max_skipped_steps)
             seconds += metrics["seconds"]

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists
@@ -24,10 +25,9 @@ class Parent:
         self.requests: dict[str, Any] = {}
         self.pause_state = PauseState.UNPAUSED
 
-    def add(self, name: str, *, stop: list[str] | None = None, client: int = 0) -> None:
-        self.requests[name] = SimpleNamespace(
-            request_id=name, client_index=client, sampling_params=SimpleNamespace(stop=stop)
-        )
+    def add(self, name: str, *, client: int = 0, kind: Any = RequestOutputKind.FINAL_ONLY, **sampling: Any) -> None:
+        parameters = SamplingParams(output_kind=kind, **sampling)
+        self.requests[name] = SimpleNamespace(request_id=name, client_index=client, sampling_params=parameters)
 
     def update_from_output(self, tokens: dict[str, int], ended: tuple[str, ...] = ()) -> dict[int, EngineCoreOutputs]:
         batches: dict[int, EngineCoreOutputs] = {}
@@ -97,6 +97,11 @@ def test_stop_strings_are_looked_for_at_every_token(quiet: Any) -> None:
     quiet.add("stops", stop=["\n```\n"])
     assert said(quiet.update_from_output({"a": 1, "stops": 5})) == {"stops": [5]}
     assert said(quiet.update_from_output({"a": 2, "stops": 6})) == {"stops": [6]}
+
+
+def test_a_stream_stays_one(quiet: Any) -> None:
+    quiet.add("read", kind=RequestOutputKind.DELTA)
+    assert said(quiet.update_from_output({"a": 1, "read": 5})) == {"read": [5]}
 
 
 def test_requests_ended_from_outside_are_forgotten(quiet: Any) -> None:

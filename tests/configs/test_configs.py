@@ -75,6 +75,7 @@ def test_the_1_5b_preset_has_the_numbers_of_the_paper() -> None:
     config = load(FOLDER / "still3_1_5b.yaml")
     assert (config.rl.groups_per_step, config.rl.group_size, config.rl.optimizer.lr) == (128, 8, 2e-6)
     assert (config.rl.updates_per_step, config.rl.kl_coef) == (2, 1e-3)
+    assert config.rl.reference_every > 0
 
 
 def test_the_32b_preset_has_its_second_stage_by_override() -> None:

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.errors import CheckpointError
 from rlsys.learners.fsdp import FsdpLearner, learning_rate
-from rlsys.losses import clipped_policy_gradient
+from rlsys.learners.model import Policy
+from rlsys.losses import LossOutputs, clipped_policy_gradient
 from rlsys.packing import shard
 from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.types import Rollout, TrainBatch
@@ -86,6 +87,7 @@ def sampled(network: Any, seed: int) -> TrainBatch:
     return TrainBatch(
         rollouts=tuple(rollouts),
         advantages=tuple(np.full(len(r), random.standard_normal(), dtype=np.float32) for r in rollouts),
+        weights=tuple(random.uniform(0.5, 2.0, len(rollouts)).tolist()),
         num_tokens=sum(rollout.num_trained_tokens for rollout in rollouts),
     )
 
@@ -162,6 +164,20 @@ def everything(ranks: Ranks) -> Json:
     learner.close()
 
     learner = ranks.start()
+    ranks.step(learner, todo[0])
+    result["before_reset"] = ranks.step(learner, todo[1])
+    learner.reset_reference()
+    result["reset"] = ranks.step(learner, todo[2])
+    learner.save(str(mine / "reset"))
+    result["after_reset"] = ranks.step(learner, todo[3])
+    learner.close()
+
+    learner = ranks.start()
+    learner.load(str(mine / "reset"))
+    result["after_reset_resumed"] = ranks.step(learner, todo[3])
+    learner.close()
+
+    learner = ranks.start()
     result["micro"] = [ranks.step(learner, batch, budget=NARROW) for batch in todo]
     result["micro_weights"] = weights(learner)
     learner.close()
@@ -214,7 +230,7 @@ def plain(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         bounded = ratio.clamp(0.8, 1.28)
         gain = torch.where(advantages >= 0, torch.min(ratio, bounded), torch.max(ratio, bounded)) * advantages
         kl = (reference - now).exp() - (reference - now) - 1
-        loss = ((-gain + 0.1 * kl) * mask).sum() / mask.sum()
+        loss = ((-gain + 0.1 * kl) * mask * torch.tensor(batch.weights)[:, None]).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in network.parameters()))
@@ -250,7 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> Json:
     """What one rank, the first of two ranks, the second of two ranks and plain transformers found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    ports = json.dumps(free_ports(8))
+    ports = json.dumps(free_ports(12))
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), str(rank), ports],
@@ -262,7 +278,7 @@ def results(folder: Path) -> Json:
         for rank in range(2)
     ]
     try:
-        found: Json = {"plain": plain(folder), "one": everything(Ranks(folder, 0, free_ports(8), 1))}
+        found: Json = {"plain": plain(folder), "one": everything(Ranks(folder, 0, free_ports(12), 1))}
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
@@ -371,6 +387,24 @@ def test_a_learner_that_was_saved_and_loaded_goes_on_bit_for_bit(results: Json, 
     assert_equal(mine["resumed_weights"], mine["weights"])
     for again, first in zip(mine["resumed"], mine["run"][2:], strict=True):
         assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+@pytest.mark.parametrize("who", ["one", "first"])
+def test_a_reset_reference_is_the_current_policy_and_survives_a_checkpoint(results: Json, who: str) -> None:
+    mine = results[who]
+    assert mine["before_reset"]["sum/kl"] > 1e-3
+    assert mine["reset"]["sum/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert mine["after_reset"]["sum/kl"] > 1e-4
+    assert {**mine["after_reset_resumed"], "seconds": 0} == {**mine["after_reset"], "seconds": 0}
+
+
+def test_a_loss_function_that_sums_is_refused(folder: Path) -> None:
+    learner = FsdpLearner(model_path=str(folder / "model"), config=LearnersConfig(), rank=0, world_size=1)
+    learner._policy = Policy.load(str(folder / "model"))
+    learner._loss = lambda inputs: LossOutputs(loss=-inputs.logprobs.sum())
+    micro = shard(batches(folder)[0], num_ranks=1, max_tokens=WIDE)[0][0]
+    with pytest.raises(ValueError, match="return one number for each token"):
+        learner._loss_of(micro, 1.0, {})
 
 
 def test_a_checkpoint_of_two_ranks_is_loaded_by_one(results: Json, folder: Path) -> None:

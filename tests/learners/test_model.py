@@ -60,7 +60,9 @@ def sequences(seed: int = 0) -> list[Rollout]:
 
 def packed(rollouts: list[Rollout]) -> MicroBatch:
     zeros = tuple(np.zeros(len(rollout), dtype=np.float32) for rollout in rollouts)
-    return pack(TrainBatch(rollouts=tuple(rollouts), advantages=zeros, num_tokens=1), range(len(rollouts)))
+    ones = (1.0,) * len(rollouts)
+    batch = TrainBatch(rollouts=tuple(rollouts), advantages=zeros, weights=ones, num_tokens=1)
+    return pack(batch, range(len(rollouts)))
 
 
 def reference(network: Any, rollouts: list[Rollout], temperature: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import dr_grpo, grpo, rloo
+from rlsys.advantages import dr_grpo, grpo, reward_itself, rloo, whiten
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -67,3 +67,13 @@ def test_grpo_does_not_see_the_scale_or_the_offset_of_the_rewards(rewards: np.nd
 def test_rloo_of_a_single_rollout_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 siblings, got 1"):
         rloo(np.array([1.0]))
+
+
+def test_whitening_takes_the_whole_batch_worked_by_hand() -> None:
+    # mean 2, deviations -1, -1, 2, 0; their squares have the mean 1.5
+    assert whiten(np.array([1.0, 1.0, 4.0, 2.0])) == pytest.approx(np.array([-1, -1, 2, 0]) / math.sqrt(1.5))
+    assert not whiten(np.array([3.0, 3.0])).any()
+
+
+def test_a_reward_may_be_its_own_advantage() -> None:
+    assert reward_itself(np.array([0.25, -1.0])).tolist() == [0.25, -1.0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import Config, flatten, load_config, origins, to_yaml
+from rlsys.config import Config, RlConfig, flatten, load_config, origins, to_yaml
 from rlsys.errors import ConfigError
 from rlsys.scratch import ScratchModel
 
@@ -219,3 +219,20 @@ def test_the_configuration_written_as_yaml_is_read_back_the_same(file: Path, tmp
     again.write_text(to_yaml(config))
     assert load_config(again) == config
     assert load_config(again, ["name=renamed"]).run_dir == "runs/demo", "what is written is resolved"
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("name: a\nrl:\n  steps: 1\nactors: {count: 1}\nrl:\n  group_size: 4\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml: `rl` stands twice, in line 2 and in line 5"):
+        load_config(file)
+
+
+def test_a_key_of_an_anchor_may_be_set_again_beside_it() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+    assert (config.data.train.options["size"], config.data.held_out.options["size"]) == (8000, 256)
+
+
+def test_at_least_one_checkpoint_is_kept() -> None:
+    with pytest.raises(ConfigError, match=r"rl\.keep_checkpoints is 0"):
+        RlConfig(keep_checkpoints=0)

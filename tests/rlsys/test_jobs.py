@@ -74,6 +74,12 @@ def test_results_of_a_job_on_this_machine_land_where_the_user_stands(
     assert submitted(monkeypatch, config, "run_dir=/shared/run")[1:] == ["run_dir=/shared/run"]
 
 
+def test_resume_and_fresh_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    assert submitted(monkeypatch, config, "run_dir=/a", "--resume")[1:] == ["run_dir=/a", "--resume"]
+    assert submitted(monkeypatch, config, "run_dir=/a", "--fresh")[1:] == ["run_dir=/a", "--fresh"]
+
+
 def test_a_relative_run_dir_on_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [str(ROOT / "configs" / "quickstart.yaml"), "--address", "http://head:8265"]
     with pytest.raises(ConfigError, match="run_dir=/shared"):

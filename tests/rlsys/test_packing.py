@@ -28,7 +28,7 @@ def batch_of(lengths: list[int], seed: int = 0) -> TrainBatch:
         for index, length in enumerate(lengths)
     )
     advantages = tuple(np.arange(length, dtype=np.float32) + 0.5 + 100 * i for i, length in enumerate(lengths))
-    return TrainBatch(rollouts=rollouts, advantages=advantages, num_tokens=1)
+    return TrainBatch(rollouts=rollouts, advantages=advantages, weights=(1.0,) * len(rollouts), num_tokens=1)
 
 
 def loads(plan: list[list[list[int]]], lengths: list[int]) -> list[int]:
@@ -94,6 +94,7 @@ def test_an_empty_micro_batch_has_empty_arrays_of_the_right_kinds() -> None:
     assert [len(micro.advantages), len(micro.rollout_logprobs)] == [0, 0]
     assert micro.boundaries.tolist() == [0]
     assert (micro.tokens.dtype, micro.advantages.dtype) == (np.int32, np.float32)
+    assert (len(micro.weights), len(micro.sequences)) == (0, 0)
     assert (micro.targets.dtype, micro.rollout_logprobs.dtype) == (np.int64, np.float32)
 
 
@@ -132,7 +133,8 @@ def test_the_first_token_of_a_sequence_is_never_a_target(lengths: list[int], see
         Rollout(tokens=r.tokens, loss_mask=np.ones(len(r), dtype=np.bool_), logprobs=r.logprobs, versions=r.versions)
         for r in batch.rollouts
     )
-    micro = pack(TrainBatch(rollouts=everything, advantages=batch.advantages, num_tokens=1), range(len(lengths)))
+    batch = TrainBatch(rollouts=everything, advantages=batch.advantages, weights=batch.weights, num_tokens=1)
+    micro = pack(batch, range(len(lengths)))
     assert not set(micro.targets.tolist()) & set(micro.boundaries.tolist())
     assert len(micro.targets) == sum(lengths) - len(lengths)
 
@@ -141,7 +143,7 @@ def test_packing_leaves_the_masks_of_the_batch_as_they_are() -> None:
     batch = batch_of([4])
     mask = np.ones(4, dtype=np.bool_)
     rollout = Rollout(tokens=batch.rollouts[0].tokens, loss_mask=mask, logprobs=np.zeros(4, np.float32), versions=mask)
-    pack(TrainBatch(rollouts=(rollout,), advantages=batch.advantages, num_tokens=1), [0])
+    pack(TrainBatch(rollouts=(rollout,), advantages=batch.advantages, weights=(1.0,), num_tokens=1), [0])
     assert mask.all()
 
 
@@ -167,7 +169,9 @@ def family(prompt: list[int], *answers: list[int]) -> list[Rollout]:
 
 def batch_from(rollouts: list[Rollout]) -> TrainBatch:
     advantages = tuple(rollout.tokens.astype(np.float32) for rollout in rollouts)
-    return TrainBatch(rollouts=tuple(rollouts), advantages=advantages, num_tokens=1)
+    return TrainBatch(
+        rollouts=tuple(rollouts), advantages=advantages, weights=tuple(range(len(rollouts))), num_tokens=1
+    )
 
 
 def test_a_shared_prompt_is_laid_down_once_worked_by_hand() -> None:
@@ -181,6 +185,8 @@ def test_a_shared_prompt_is_laid_down_once_worked_by_hand() -> None:
     assert micro.sources.tolist() == [2, 3, 2, 7]
     assert micro.advantages.tolist() == [10, 11, 20, 30]
     assert micro.rollout_logprobs.tolist() == [-10, -11, -20, -30]
+    assert micro.sequences.tolist() == [0, 0, 1, 2]
+    assert micro.weights.tolist() == [0, 0, 1, 2]
 
 
 def test_siblings_that_wrote_nothing_leave_only_their_prompt() -> None:

@@ -1,6 +1,7 @@
 """Data on its way to the learner: problems in order for ever, demonstrations as rollouts, batches."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,23 @@ def test_a_batch_has_one_advantage_for_all_tokens_of_a_rollout_and_counts_those_
     assert batch.advantages[0].dtype == np.float32
     # "a" and the end of turn, "abc" and the end of turn
     assert batch.num_tokens == 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token", [1.0, 1.0]),
+        # 2 and 4 tokens, 6 in all: weight * length / 6 must be 1/2 for either, so 6 / (2 * length).
+        ("sequence", [1.5, 0.75]),
+        # Each sum over 10, then the mean over two rollouts: 6 / (2 * 10).
+        ("constant", [0.3, 0.3]),
+    ],
+)
+def test_aggregation_is_a_weight_for_the_tokens_of_each_rollout(aggregation: Any, expected: list[float]) -> None:
+    short = to_rollout(Demonstration(problem=PROBLEM, segments=(("a", True),)), CHAT)
+    longer = to_rollout(Demonstration(problem=PROBLEM, segments=(("abc", True), ("d", False))), CHAT)
+    batch = assemble([short, longer], [0.5, -2.0], aggregation=aggregation, constant=10)
+    assert batch.weights == pytest.approx(expected)
 
 
 def test_a_batch_in_which_nothing_trains_is_refused() -> None:

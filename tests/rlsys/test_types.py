@@ -75,18 +75,18 @@ def test_the_rewards_of_a_group_keep_the_order_of_its_rollouts() -> None:
 
 def test_a_batch_needs_one_advantage_array_for_each_rollout() -> None:
     with pytest.raises(ValueError, match="2 rollouts but 1 advantage"):
-        TrainBatch(rollouts=(rollout(), rollout()), advantages=(np.zeros(3, np.float32),), num_tokens=4)
+        TrainBatch(rollouts=(rollout(), rollout()), advantages=(np.zeros(3, np.float32),), weights=(1.0, 1.0), num_tokens=4)
 
 
 def test_a_batch_names_the_rollout_whose_advantages_have_another_length() -> None:
     good, bad = np.zeros(3, np.float32), np.zeros(2, np.float32)
     with pytest.raises(ValueError, match="rollout 1 has 3 tokens but advantages of shape"):
-        TrainBatch(rollouts=(rollout(), rollout()), advantages=(good, bad), num_tokens=4)
+        TrainBatch(rollouts=(rollout(), rollout()), advantages=(good, bad), weights=(1.0, 1.0), num_tokens=4)
 
 
 def test_a_batch_without_a_trained_token_is_refused() -> None:
     with pytest.raises(ValueError, match="without a single trained token"):
-        TrainBatch(rollouts=(rollout(),), advantages=(np.zeros(3, np.float32),), num_tokens=0)
+        TrainBatch(rollouts=(rollout(),), advantages=(np.zeros(3, np.float32),), weights=(1.0,), num_tokens=0)
 
 
 def test_values_are_frozen() -> None:

@@ -398,3 +398,15 @@ def test_nothing_survives_when_the_process_that_holds_the_session_is_killed() ->
 def test_options_without_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         PythonTool(**options)
+
+
+def test_a_host_that_cannot_run_it_is_found_out_at_the_start(tmp_path: Path) -> None:
+    async def start(tool: PythonTool) -> None:
+        await tool.start()
+
+    asyncio.run(start(PythonTool()))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    with pytest.raises(RuntimeError, match="ended while it started"):
+        asyncio.run(start(PythonTool(python=str(broken))))

@@ -1,0 +1,126 @@
+"""Grading a file of responses with any reward: to try a grader on data of one's own before a run depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsys.errors import DataError
+from rlsys.rollout import RewardFailedError, RewardTerm
+from rlsys.types import Problem, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graded:
+    """What one line got; `status` is "failed" where the reward raised, and `message` says how. Then there is no score."""
+
+    score: float | None
+    status: str
+    extracted: str | None
+    seconds: float
+    message: str | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON, without a message where there is none."""
+        fields = {name: getattr(self, name) for name in ("score", "status", "extracted", "seconds", "message")}
+        return json.dumps({key: value for key, value in fields.items() if key != "message" or value is not None})
+
+
+def read_responses(path: Path) -> list[tuple[Problem, str]]:
+    """The lines of a JSONL file: `response`, mostly `answer`, and perhaps `prompt` (a text or messages) and `id`.
+
+    Raises:
+        DataError: the file is missing, empty, or a line of it (named) is not of that form.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    rows = [_row(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise DataError(f'{path} has no line; write one {{"response": ..., "answer": ...}} for each')
+    return rows
+
+
+def _row(line: str, path: Path, number: int) -> tuple[Problem, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
+    if not isinstance(row, Mapping) or not isinstance(row.get("response"), str):
+        raise DataError(f'{path}:{number}: every line needs a text under "response"')
+    answer, prompt = row.get("answer"), row.get("prompt", "")
+    if not isinstance(answer, str | int | float | None):
+        raise DataError(f'{path}:{number}: "answer" must be a text or a number, got {type(answer).__name__}')
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise DataError(f'{path}:{number}: "prompt" must be a text or a list of messages')
+    problem = Problem(
+        id=str(row.get("id", f"line {number}")),
+        prompt=tuple(messages),
+        answer=None if answer is None else str(answer),
+        metadata={key: value for key, value in row.items() if key not in ("response", "answer", "prompt", "id")},
+    )
+    return problem, row["response"]
+
+
+async def grade(reward: Any, rows: list[tuple[Problem, str]], *, tell: Callable[[], None]) -> list[Graded]:
+    """Grade one after the other, so that `seconds` are those of each alone; `tell` is called after each."""
+    term = RewardTerm(name="reward", weight=1.0, reward=reward)
+    if (start := getattr(reward, "start", None)) is not None:
+        await start()
+    return [result async for result in _each(term, rows, tell)]
+
+
+async def _each(term: RewardTerm, rows: list[tuple[Problem, str]], tell: Callable[[], None]) -> Any:
+    empty = np.zeros(0, np.int32)
+    for problem, response in rows:
+        rollout = Rollout(tokens=empty, loss_mask=empty, logprobs=empty, versions=empty, response=response)
+        started = time.perf_counter()
+        try:
+            result = await term.grade(problem, rollout)
+        except RewardFailedError as error:
+            seconds = time.perf_counter() - started
+            yield Graded(score=None, status="failed", extracted=None, seconds=round(seconds, 6), message=str(error))
+        else:
+            seconds = time.perf_counter() - started
+            yield Graded(
+                score=result.score, status=result.status, extracted=result.extracted, seconds=round(seconds, 6)
+            )
+        tell()
+
+
+def grade_file(reward: Any, path: Path, output: Path, *, tell: Callable[[], None]) -> list[Graded]:
+    """Grade every line of `path` and write a line for each to `output`, in the same order."""
+    rows = read_responses(path)
+    try:
+        graded = asyncio.run(grade(reward, rows, tell=tell))
+    finally:
+        if (close := getattr(reward, "close", None)) is not None:
+            close()
+    output.write_text("".join(result.to_json() + "\n" for result in graded))
+    return graded
+
+
+def summary_rows(graded: list[Graded]) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """For each status and for all: count, share, mean score, median and greatest seconds."""
+    statuses = sorted({result.status for result in graded}, key=lambda s: -sum(r.status == s for r in graded))
+    for name in (*statuses, "all"):
+        chosen = [result for result in graded if name in (result.status, "all")]
+        scores = [result.score for result in chosen if result.score is not None]
+        seconds = [result.seconds for result in chosen]
+        yield (
+            name,
+            f"{len(chosen):,}",
+            f"{len(chosen) / len(graded):.1%}",
+            f"{np.mean(scores):.3f}" if scores else "-",
+            f"{1e3 * np.median(seconds):.2f}",
+            f"{1e3 * max(seconds):.1f}",
+        )
