@@ -1,4 +1,4 @@
-"""Credit assignment: pure functions from the rewards of a group [G] to advantages [G], and what is done to a batch's."""
+"""Credit assignment: pure functions from the rewards [G] of a group to advantages [G], and the whitening of a batch."""
 
 from __future__ import annotations
 

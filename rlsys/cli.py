@@ -12,7 +12,8 @@ import typer
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from rlsys.config import Config, flatten, load_config, origins
+from rlsys.config import Config
+from rlsys.config_file import flatten, load_config, origins
 from rlsys.errors import ConfigError, RlsysError
 
 app = typer.Typer(
@@ -128,13 +129,13 @@ def grade_responses(
 ) -> None:
     """Grade the responses in FILE, one result line for each, and print what came out.
 
-    A result is `{"score", "status", "extracted", "seconds"}`; where the reward raised, the status is `failed`, the score
-    null and `message` says why. Responses are graded one after the other.
+    A result is `{"score", "status", "extracted", "seconds"}`; where the reward raised, the status is `failed`, the
+    score null and `message` says why. Responses are graded one after the other.
     """
     import yaml
 
     from rlsys.console import Console
-    from rlsys.grading import grade_file, read_responses, summary_rows
+    from rlsys.grading import grade_rows, read_responses, summary_rows
     from rlsys.plugins import build
 
     pairs = [text.partition("=") for text in option or []]
@@ -143,13 +144,17 @@ def grade_responses(
     sys.path.insert(0, os.getcwd())  # the user's own module lies where the user stands
     built = build(reward, {key: yaml.safe_load(value) for key, _, value in pairs}, place="--reward")
     target = output or file.with_suffix(".graded.jsonl")
-    with Console().counting("grading", total=len(read_responses(file))) as tell:
-        graded = grade_file(built, file, target, tell=tell)
+    rows = read_responses(file)
+    with Console().counting("grading", total=len(rows)) as tell:
+        graded = grade_rows(built, rows, target, tell=tell)
     table = Table("status", "responses", "share", "mean score", "median ms", "max ms", box=None, pad_edge=False)
     for row in summary_rows(graded):
         table.add_row(*row, style="bold" if row[0] == "all" else None)
     RichConsole().print(table)
-    RichConsole(highlight=False).print(f"every result: {target}", soft_wrap=True)
+    plain = RichConsole(highlight=False)
+    if failed := next((result for result in graded if result.message), None):
+        plain.print(f"[yellow]the first that failed:[/] {_escaped(str(failed.message))}", soft_wrap=True)
+    plain.print(f"every result: {target}", soft_wrap=True)
 
 
 def main() -> None:

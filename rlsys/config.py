@@ -5,14 +5,8 @@ A file is merged over the defaults and the command line over the file. Afterward
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from rlsys.errors import ConfigError
 from rlsys.scratch import ScratchModel
@@ -21,7 +15,7 @@ STAGES = ("sft", "rl", "eval")
 Aggregation = Literal["token", "sequence", "constant"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -56,7 +50,7 @@ class ModelConfig:
     """Build a small model from these numbers instead, with random weights."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.path is None) != (self.scratch is None),
             "model: give either `path` (a folder or hub name) or `scratch` (build a small model), not both or none",
         )
@@ -127,8 +121,8 @@ class ActorsConfig:
     """Deadline for one weight update, measured outside the collective."""
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"actors.count is {self.count}; at least one rollout actor is needed")
-        _require(self.gpus == int(self.gpus), f"actors.gpus is {self.gpus}; an engine takes whole GPUs")
+        require(self.count >= 1, f"actors.count is {self.count}; at least one rollout actor is needed")
+        require(self.gpus == int(self.gpus), f"actors.gpus is {self.gpus}; an engine takes whole GPUs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +149,8 @@ class LearnersConfig:
     """Deadline for all ranks to load the model and meet."""
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, f"learners.count is {self.count}; at least one rank is needed")
-        _require(self.gpus in (0.0, 1.0), f"learners.gpus is {self.gpus}; a rank drives no GPU or one")
+        require(self.count >= 1, f"learners.count is {self.count}; at least one rank is needed")
+        require(self.gpus in (0.0, 1.0), f"learners.gpus is {self.gpus}; a rank drives no GPU or one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,9 +224,9 @@ class RlConfig:
     loss: str = "rlsys.losses:clipped_policy_gradient"
     """Function from `LossInputs` to `LossOutputs`."""
     aggregation: Aggregation = "token"
-    """How the losses of tokens become one: their mean (DAPO); `sequence`, the mean over rollouts of each one's mean (GRPO
-    as published, GSPO); `constant`, sums over rollouts divided by `sampling.max_response_tokens`, so that length does
-    not matter (Dr.GRPO)."""
+    """How the losses of tokens become one: their mean (DAPO); `sequence`, the mean over rollouts of each one's mean
+    (GRPO as published, GSPO); `constant`, sums over rollouts divided by `sampling.max_response_tokens`, so that length
+    does not matter (Dr.GRPO)."""
     clip_low: float = 0.2
     """Lower trust region: the ratio counts down to 1 - clip_low."""
     clip_high: float = 0.2
@@ -240,7 +234,7 @@ class RlConfig:
     kl_coef: float = 0.0
     """Weight of the KL penalty to a frozen policy, the reference; 0 loads none."""
     reference_every: int = 0
-    """Policy steps after which the reference is replaced by the current policy; 0 keeps the one the stage began with."""
+    """Policy steps after which the current policy becomes the reference; 0 keeps the one the stage began with."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """How the KL penalty is estimated from the sampled token."""
     kl_schedule: Literal["constant", "cosine"] = "constant"
@@ -264,16 +258,16 @@ class RlConfig:
     """Older checkpoints are deleted."""
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, "rl.group_size must be at least 2: a group is compared with itself")
-        _require(self.reference_every >= 0, f"rl.reference_every is {self.reference_every}; 0 keeps the reference")
-        _require(self.keep_checkpoints >= 1, f"rl.keep_checkpoints is {self.keep_checkpoints}; keep at least 1")
-        _require(self.max_staleness >= 0, f"rl.max_staleness is {self.max_staleness}; 0 is synchronous")
-        _require(
+        require(self.group_size >= 2, "rl.group_size must be at least 2: a group is compared with itself")
+        require(self.reference_every >= 0, f"rl.reference_every is {self.reference_every}; 0 keeps the reference")
+        require(self.keep_checkpoints >= 1, f"rl.keep_checkpoints is {self.keep_checkpoints}; keep at least 1")
+        require(self.max_staleness >= 0, f"rl.max_staleness is {self.max_staleness}; 0 is synchronous")
+        require(
             self.sampling.top_p == 1.0 and self.sampling.temperature > 0,
             "rl.sampling: train with top_p=1 and temperature above 0; otherwise the engine's log-probs are not "
             "the policy's (rl.sampling.top_p=1.0)",
         )
-        _require(
+        require(
             self.groups_per_step * self.group_size >= self.updates_per_step,
             f"rl.updates_per_step is {self.updates_per_step}, more than the rollouts of one step",
         )
@@ -320,127 +314,21 @@ class Config:
     """Where metrics go besides `metrics.jsonl`, which is always written: `tensorboard`."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.stages), f"stages is empty; give at least one of {', '.join(STAGES)}")
+        require(bool(self.stages), f"stages is empty; give at least one of {', '.join(STAGES)}")
         for stage in self.stages:
-            _require(stage in STAGES, f"stages: unknown stage {stage!r}; known: {', '.join(STAGES)}")
-        _require(len(set(self.stages)) == len(self.stages), f"stages: {self.stages} names a stage twice")
-        _require(bool(self.rewards), "rewards is empty; give one, such as `use: rlsys.rewards.math:MathReward`")
+            require(stage in STAGES, f"stages: unknown stage {stage!r}; known: {', '.join(STAGES)}")
+        require(len(set(self.stages)) == len(self.stages), f"stages: {self.stages} names a stage twice")
+        require(bool(self.rewards), "rewards is empty; give one, such as `use: rlsys.rewards.math:MathReward`")
         names = [reward.name for reward in self.rewards]
-        _require(len(set(names)) == len(names), f"rewards: the names {names} must differ; set `name`")
-        _require(
+        require(len(set(names)) == len(names), f"rewards: the names {names} must differ; set `name`")
+        require(
             "sft" not in self.stages or self.sft.demonstrations is not None,
             "stages has `sft`, but sft.demonstrations is not set",
         )
         for section in ("rl", "eval"):
             budget = getattr(self, section).sampling.max_response_tokens
-            _require(
+            require(
                 budget < self.actors.max_model_tokens,
                 f"{section}.sampling.max_response_tokens ({budget}) leaves no room for a prompt in "
                 f"actors.max_model_tokens ({self.actors.max_model_tokens})",
             )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything.
-
-    Raises:
-        ConfigError: the file is missing or malformed, a key is unknown (names the nearest), a value has the
-            wrong type, or two settings exclude each other.
-    """
-    tree = _read_tree(path)
-    for override in overrides:
-        _require("=" in override, f"override {override!r} is not of the form section.key=value")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides))
-        )
-        missing = sorted(OmegaConf.missing_keys(merged))
-        _require(
-            not missing,
-            f"{path}: no value for {' and '.join(missing)}; set each in the file or on the command line (key=value)",
-        )
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError, AttributeError) as error:
-        if "incompatible container" in str(error):
-            raise ConfigError(
-                f"{path}: an override such as rewards.0.weight=2 cannot reach into a list; give the whole list: "
-                "'rewards=[{name: ..., use: ...}]'"
-            ) from error
-        lines = [line for line in str(error).splitlines() if not line.strip().startswith(("reference_type", "object_"))]
-        raise ConfigError(f"{path}: " + " ".join(line.strip() for line in lines)) from error
-    assert isinstance(config, Config)
-    return config
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would drop the first one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in first and key.value != "<<":
-                raise ConfigError(f"`{key.value}` stands twice, in line {first[key.value]} and in line {line}; keep one")
-            first[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-def _read_tree(path: str | Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(Path(path).read_text(), _StrictLoader)  # noqa: S506 - a safe loader
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration at {path}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold `section: ...` lines, got {type(tree).__name__}")
-    return tree
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """All leaves of a configuration as dotted keys."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    leaves: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, Mapping) and node:
-            for key, value in node.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), value)
-        elif isinstance(node, list) and node and isinstance(node[0], Mapping):
-            for index, value in enumerate(node):
-                walk(f"{prefix}.{index}", value)
-        else:
-            leaves[prefix] = node
-
-    walk("", container)
-    return leaves
-
-
-def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """For every dotted key that was set, the file and line or the override that set it; the others are defaults."""
-    found: dict[str, str] = {}
-
-    def walk(prefix: str, node: yaml.Node) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                walk(f"{prefix}.{key.value}" if prefix else key.value, value)
-        elif isinstance(node, yaml.SequenceNode) and node.value and isinstance(node.value[0], yaml.MappingNode):
-            for index, value in enumerate(node.value):
-                walk(f"{prefix}.{index}", value)
-        else:
-            found[prefix] = f"{path}:{node.start_mark.line + 1}"
-
-    root = yaml.compose(Path(path).read_text())
-    if root is not None:
-        walk("", root)
-    for override in overrides:
-        key, _, _ = override.partition("=")
-        found[key] = "command line"
-    return found
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)

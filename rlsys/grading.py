@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from rlsys.types import Problem, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """What one line got; `status` is "failed" where the reward raised, and `message` says how. Then there is no score."""
+    """What one line got; where the reward raised, `status` is "failed", `message` says how, and there is no score."""
 
     score: float | None
     status: str
@@ -62,51 +62,59 @@ def _row(line: str, path: Path, number: int) -> tuple[Problem, str]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f'{path}:{number}: "prompt" must be a text or a list of messages')
-    problem = Problem(
-        id=str(row.get("id", f"line {number}")),
-        prompt=tuple(messages),
-        answer=None if answer is None else str(answer),
-        metadata={key: value for key, value in row.items() if key not in ("response", "answer", "prompt", "id")},
-    )
+    try:
+        problem = Problem(
+            id=str(row.get("id", f"line {number}")),
+            prompt=tuple(messages),
+            answer=None if answer is None else str(answer),
+            metadata={key: value for key, value in row.items() if key not in ("response", "answer", "prompt", "id")},
+        )
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: {error}") from error
     return problem, row["response"]
 
 
-async def grade(reward: Any, rows: list[tuple[Problem, str]], *, tell: Callable[[], None]) -> list[Graded]:
-    """Grade one after the other, so that `seconds` are those of each alone; `tell` is called after each."""
-    term = RewardTerm(name="reward", weight=1.0, reward=reward)
-    if (start := getattr(reward, "start", None)) is not None:
-        await start()
-    return [result async for result in _each(term, rows, tell)]
+def grade_rows(reward: Any, rows: list[tuple[Problem, str]], output: Path, *, tell: Callable[[], None]) -> list[Graded]:
+    """Grade one after the other, so that `seconds` are those of each alone, and write a line for each to `output`.
 
-
-async def _each(term: RewardTerm, rows: list[tuple[Problem, str]], tell: Callable[[], None]) -> Any:
-    empty = np.zeros(0, np.int32)
-    for problem, response in rows:
-        rollout = Rollout(tokens=empty, loss_mask=empty, logprobs=empty, versions=empty, response=response)
-        started = time.perf_counter()
-        try:
-            result = await term.grade(problem, rollout)
-        except RewardFailedError as error:
-            seconds = time.perf_counter() - started
-            yield Graded(score=None, status="failed", extracted=None, seconds=round(seconds, 6), message=str(error))
-        else:
-            seconds = time.perf_counter() - started
-            yield Graded(
-                score=result.score, status=result.status, extracted=result.extracted, seconds=round(seconds, 6)
-            )
-        tell()
-
-
-def grade_file(reward: Any, path: Path, output: Path, *, tell: Callable[[], None]) -> list[Graded]:
-    """Grade every line of `path` and write a line for each to `output`, in the same order."""
-    rows = read_responses(path)
+    The line stands in the file as soon as it is known; then `tell` is called.
+    """
     try:
-        graded = asyncio.run(grade(reward, rows, tell=tell))
+        with output.open("w") as file:
+            return asyncio.run(_grade_rows(reward, rows, file, tell))
     finally:
         if (close := getattr(reward, "close", None)) is not None:
             close()
-    output.write_text("".join(result.to_json() + "\n" for result in graded))
+
+
+async def _grade_rows(
+    reward: Any, rows: list[tuple[Problem, str]], file: TextIO, tell: Callable[[], None]
+) -> list[Graded]:
+    term = RewardTerm(name="reward", weight=1.0, reward=reward)
+    if (start := getattr(reward, "start", None)) is not None:
+        await start()
+    graded = []
+    for problem, response in rows:
+        graded.append(await _grade(term, problem, response))
+        file.write(graded[-1].to_json() + "\n")
+        file.flush()
+        tell()
     return graded
+
+
+async def _grade(term: RewardTerm, problem: Problem, response: str) -> Graded:
+    none = np.zeros(0, np.int32)
+    rollout = Rollout(
+        tokens=none, loss_mask=none.astype(np.bool_), logprobs=none.astype(np.float32), versions=none, response=response
+    )
+    started = time.perf_counter()
+    try:
+        result = await term.grade(problem, rollout)
+    except RewardFailedError as error:
+        seconds = round(time.perf_counter() - started, 6)
+        return Graded(score=None, status="failed", extracted=None, seconds=seconds, message=str(error))
+    seconds = round(time.perf_counter() - started, 6)
+    return Graded(score=result.score, status=result.status, extracted=result.extracted, seconds=seconds)
 
 
 def summary_rows(graded: list[Graded]) -> Iterator[tuple[str, str, str, str, str, str]]:

@@ -98,8 +98,8 @@ def _clipped(inputs: LossInputs, ratio: Tensor) -> LossOutputs:
 def _with_kl(inputs: LossInputs, loss: Tensor, sums: dict[str, Tensor]) -> LossOutputs:
     """Add the penalty for leaving the reference policy, `d = ref - current` (http://joschu.net/blog/kl-approx.html).
 
-    k3 is `exp(d) - d - 1`; k2 is `d^2 / 2`, whose gradient is on average that of the KL itself. k1, `-d`, is not offered:
-    its gradient is zero on average.
+    k3 is `exp(d) - d - 1`; k2 is `d^2 / 2`, whose gradient is on average that of the KL itself. k1, `-d`, is not
+    offered: its gradient is zero on average.
     """
     if inputs.ref_logprobs is not None:
         difference = inputs.ref_logprobs - inputs.logprobs

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.config import Config, to_yaml
+from rlsys.config import Config
+from rlsys.config_file import to_yaml
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.types import RolloutGroup
 

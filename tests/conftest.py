@@ -70,7 +70,7 @@ def hold_shared_head_twice(path: Path) -> None:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One engine and one learner group for all tests that need them."""
     from rlsys import cluster
-    from rlsys.config import load_config
+    from rlsys.config_file import load_config
     from rlsys.fleet import LearnerGroup, RolloutFleet
     from rlsys.scratch import build_scratch_model
 

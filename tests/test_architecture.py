@@ -15,7 +15,7 @@ FOLDERS = ("actors", "learners", "rewards", "tools", "configs")
 PLUG_INS = ("actors", "learners", "rewards", "tools")
 DOORS = {
     "ray": {"rlsys/cluster.py"},
-    "vllm": {"actors/engine.py", "actors/weights.py", "learners/sender.py"},
+    "vllm": {"actors/engine.py", "actors/scheduler.py", "actors/weights.py", "learners/sender.py"},
 }
 MAX_LINES = 420
 

@@ -11,7 +11,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rlsys.cluster import shortage
-from rlsys.config import load_config
+from rlsys.config_file import load_config
 from rlsys.fleet import learner_demand, rollout_demand
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from benchmarks.algorithms import algorithms
-from rlsys.config import load_config
+from rlsys.config_file import load_config
 from rlsys.interfaces import ToolResult
 from rlsys.plugins import resolve
 from rlsys.rollout import RewardTerm

@@ -59,9 +59,9 @@ def assemble(
 ) -> TrainBatch:
     """A batch with one advantage for all tokens of a rollout.
 
-    The learner divides the weighted sum over tokens by their number. So with weights 1 the loss is the mean over tokens;
-    with `sequence` it is the mean over rollouts of each one's mean; with `constant` the sum over a rollout's tokens is
-    divided by that number, whatever its length, and then the mean is taken over rollouts.
+    The learner divides the weighted sum over tokens by their number. So with weights 1 the loss is the mean over
+    tokens; with `sequence` it is the mean over rollouts of each one's mean; with `constant` the sum over a rollout's
+    tokens is divided by that number, whatever its length, and then the mean is taken over rollouts.
     """
     num_tokens = sum(rollout.num_trained_tokens for rollout in rollouts)
     mean_length = num_tokens / max(1, len(rollouts))

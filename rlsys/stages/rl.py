@@ -206,7 +206,8 @@ class _RlTrainer:
         for group, part in zip(groups, parts, strict=True):
             if part.shape != group.rewards.shape or not np.isfinite(part).all():
                 raise ConfigError(
-                    f"rl.advantage={self._stage.advantage} made {part.tolist()} of the rewards {group.rewards.tolist()}; "
+                    f"rl.advantage={self._stage.advantage} made {part.tolist()} of the rewards "
+                    f"{group.rewards.tolist()}; "
                     "it must return one finite number for each"
                 )
         found = np.concatenate(parts)

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import rlsys.run
-from rlsys.config import Config, load_config, to_yaml
+from rlsys.config import Config
+from rlsys.config_file import load_config, to_yaml
 from rlsys.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import Config, RlConfig, flatten, load_config, origins, to_yaml
+from rlsys.config import Config, RlConfig
+from rlsys.config_file import flatten, load_config, origins, to_yaml
 from rlsys.errors import ConfigError
 from rlsys.scratch import ScratchModel
 

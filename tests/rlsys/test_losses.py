@@ -114,9 +114,7 @@ def test_logged_sums_carry_no_gradient() -> None:
 def test_k2_golden_numbers_and_gradient() -> None:
     # d = ln 2, -ln 2: d^2 / 2 twice is (ln 2)^2; its gradient by the current log-prob is -d.
     reference = torch.tensor([math.log(2) - 2, -math.log(2) - 2], dtype=torch.float64)
-    outputs, gradient = policy_gradient(
-        [1.0] * 2, [0.0] * 2, ref_logprobs=reference, kl_coef=0.1, kl_estimator="k2"
-    )
+    outputs, gradient = policy_gradient([1.0] * 2, [0.0] * 2, ref_logprobs=reference, kl_coef=0.1, kl_estimator="k2")
     assert float(outputs.sums["kl"]) == pytest.approx(math.log(2) ** 2)
     assert gradient.tolist() == pytest.approx([-0.1 * math.log(2), 0.1 * math.log(2)])
 

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rlsys.config import Config, DataConfig, ModelConfig, PlugIn, RewardConfig, load_config
+from rlsys.config import Config, DataConfig, ModelConfig, PlugIn, RewardConfig
+from rlsys.config_file import load_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.records import RunDirectory
 from rlsys.types import Problem, Rollout, RolloutGroup

@@ -74,8 +74,10 @@ def test_the_rewards_of_a_group_keep_the_order_of_its_rollouts() -> None:
 
 
 def test_a_batch_needs_one_advantage_array_for_each_rollout() -> None:
-    with pytest.raises(ValueError, match="2 rollouts but 1 advantage"):
-        TrainBatch(rollouts=(rollout(), rollout()), advantages=(np.zeros(3, np.float32),), weights=(1.0, 1.0), num_tokens=4)
+    with pytest.raises(ValueError, match="2 rollouts, but 1 advantage arrays and 2 weights"):
+        TrainBatch(
+            rollouts=(rollout(), rollout()), advantages=(np.zeros(3, np.float32),), weights=(1.0, 1.0), num_tokens=4
+        )
 
 
 def test_a_batch_names_the_rollout_whose_advantages_have_another_length() -> None:
