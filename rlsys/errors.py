@@ -34,3 +34,7 @@ class WeightSyncError(RlsysError):
 
 class TrainingStalledError(RlsysError):
     """Training cannot go on: there is nothing to learn from, or no finite gradient."""
+
+
+class ToolFailedError(RlsysError):
+    """A tool could not answer, by no fault of the policy: the rollout is dropped and counted, never trained."""

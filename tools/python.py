@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
 import logging
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
+from rlsys.errors import ToolFailedError
 from rlsys.interfaces import ToolResult
+from rlsys.tools.output import Output
+from rlsys.tools.python_clone import Clone
+from rlsys.tools.python_host import ZygoteProcess, default_max_sessions, probe
 
 log = logging.getLogger(__name__)
 
-CHILD = Path(__file__).resolve().with_name("python_child.py")
+Tier = Literal["T2", "T1", "T0"]
 MAX_CODE_CHARACTERS = 200_000
-MAX_START_SECONDS = 60.0
-SLACK_SECONDS = 10.0  # what the keeper gets on top of its own limits before it is given up as hung
+PRELOADED = ("numpy", "numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial", "sympy")  # numpy is lazy
+START_SECONDS = 60.0
+GRACE_SECONDS = 1.0  # from the interrupt to the kill
+WAIT_SECONDS = 600.0  # for a place among `max_sessions`
 FRESH = "[a fresh interpreter: variables of earlier calls are gone]\n"
 
 
 class PythonTool:
-    """Runs the policy's Python code, one interpreter for each rollout, started at the rollout's first call.
+    """Runs the policy's Python code, one interpreter for each rollout, with numpy and sympy loaded already.
 
     The value of a last expression is shown as in a notebook; printed text, errors and time-outs come back as text of at
     most `max_output_characters`, cut in the middle. A call longer than `timeout_seconds` is interrupted (variables are
-    kept) and, where it does not stop within a second, killed (variables are lost, and the text says so). `memory_mb`
-    bounds the address space of each process. `python` names another interpreter (None: this one).
+    kept) and, where it does not stop within a second, killed (variables are lost, and the text says so).
 
-    Isolated from the code: the network (own namespace without a route, tried out before any code runs), other processes
-    (own process namespace; everything in it dies with the session, however that ends), this process's environment,
-    descriptors and memory, and every capability. Bounded: time, memory and file size per process, the number of
-    processes, output. A host without user namespaces is refused with an error unless `allow_network` is true.
+    Isolation comes in tiers; `start` takes the best one that this host can make and tries it out before any code runs:
 
-    Not isolated yet: the file system. The code reads and writes what its user may, other sessions' directories, /proc
-    and Unix sockets with a path included; its user is `nobody` where the tool runs as root and everybody may read this
-    Python installation, and else it has this process's file rights. Its directory is not limited in size, and the
-    kernel is the host's own. With `allow_network` on a host without namespaces it can also signal processes of its user
-    and start processes that outlive the session. It keeps a reward-seeking policy out of trouble; it does not hold an
-    attacker.
+    - T2: own users, processes, network, and file system (the Python installation, read-only, and a folder of
+      `disk_mb` and `max_files` that goes with the session), Landlock, and a list of allowed system calls.
+    - T1: Landlock and the list of system calls, no namespaces: the size of the folder is not limited. Accepted with a
+      warning.
+    - T0: the list of system calls alone, with opening files denied. Refused unless `tier="T0"` asks for it by name.
+
+    In all of them code cannot connect to anything, start programs or fork, and `memory_mb` of address space and
+    `max_threads` bound it. All of them share the host's kernel: they hold a reward-seeking policy, not a determined
+    attacker. `docs/sandbox.md` has the table of attacks.
+
+    `max_sessions` bounds the interpreters that live at once (by default what the memory allows); a call beyond waits.
+    `forkable` lets `PythonSession.fork` copy a live interpreter (T2 only). `preload` names modules to load besides
+    numpy and sympy, `python` another interpreter.
     """
 
     name: str = "python"
@@ -65,49 +67,125 @@ class PythonTool:
         timeout_seconds: float = 5.0,
         memory_mb: int = 1024,
         max_output_characters: int = 2000,
-        allow_network: bool = False,
+        disk_mb: int = 64,
+        max_files: int = 2048,
+        max_threads: int = 32,
+        max_sessions: int | None = None,
+        tier: Literal["auto", "T2", "T1", "T0"] = "auto",
+        forkable: bool = False,
+        preload: tuple[str, ...] = (),
         python: str | None = None,
     ) -> None:
+        least = {"memory_mb": 256, "max_output_characters": 100, "disk_mb": 1, "max_files": 16, "max_threads": 1}
+        for name, minimum in least.items():
+            if not (value := locals()[name]) >= minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
-        if memory_mb < 64:
-            raise ValueError(f"memory_mb must be at least 64 for Python to start, got {memory_mb}")
-        if max_output_characters < 100:
-            raise ValueError(f"max_output_characters must be at least 100, got {max_output_characters}")
+        if max_sessions is not None and max_sessions < 1:
+            raise ValueError(f"max_sessions must be at least 1, got {max_sessions}")
+        if tier not in ("auto", "T2", "T1", "T0"):
+            raise ValueError(f"tier must be auto, T2, T1 or T0, got {tier!r}")
         self.timeout_seconds = timeout_seconds
-        self.memory_mb = memory_mb
         self.max_output_characters = max_output_characters
-        self.allow_network = allow_network
-        self.python = python or sys.executable
+        self.forkable = forkable
+        self.tier: Tier | None = None
+        """The tier that sessions have; None before `start`."""
+        self._tiers: tuple[Tier, ...] = ("T2", "T1") if tier == "auto" else (tier,)
+        self._python = python
+        self._settings = {
+            "memory_mb": memory_mb,
+            "disk_mb": disk_mb,
+            "max_files": max_files,
+            "max_threads": max_threads,
+            "forkable": forkable,
+            "preload": [*PRELOADED, *preload],
+        }
+        self._places = asyncio.Semaphore(max_sessions or default_max_sessions(memory_mb))
+        self._zygote: ZygoteProcess | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        """Try one interpreter; RuntimeError where the host cannot run it, with the fix."""
-        session = await self.open("start")
-        try:
-            await session.call({"code": "1"})
-        finally:
-            await session.close()
+        """Start the process that sessions are cloned from, and prove that it denies what it must.
+
+        Raises:
+            RuntimeError: no tier that is accepted can be made on this host; says why and what would help.
+        """
+        await self._ready_zygote()
+
+    async def _ready_zygote(self) -> ZygoteProcess:
+        """The running zygote; a new one where there is none, it has died or belongs to another event loop."""
+        async with self._starting:
+            if self._zygote is not None and self._zygote.usable():
+                return self._zygote
+            again = self.tier
+            await self.close()
+            problems = []
+            for tier in (again,) if again else self._tiers:
+                zygote = ZygoteProcess({**self._settings, "tier": tier}, python=self._python)
+                try:
+                    async with asyncio.timeout(START_SECONDS):
+                        await zygote.start()
+                        if again is None:
+                            await self._try_out(zygote)
+                except (OSError, RuntimeError, TimeoutError) as error:
+                    await zygote.close()
+                    problems.append(f"{tier}: {error or f'no answer within {START_SECONDS:g} s'}")
+                    continue
+                self._zygote, self.tier = zygote, tier
+                if tier != "T2" and again is None:
+                    log.warning("the Python tool runs in the weaker tier %s (%s)", tier, "; ".join(problems))
+                return zygote
+            raise RuntimeError(
+                f"the Python tool cannot be isolated on this host ({'; '.join(problems)}). Allow user namespaces "
+                "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; in a container a "
+                "seccomp profile that permits unshare and mount) or a kernel with Landlock; `rlsys doctor` shows what "
+                "is missing. As a last resort accept the weakest isolation by name: `tier: T0`"
+            )
+
+    async def _try_out(self, zygote: ZygoteProcess) -> None:
+        """Canaries: in a session of this zygote, everything that must be denied is tried once."""
+        session = PythonSession(self, "canary", lambda: _answer(zygote))
+        with probe() as (code, succeeded):
+            try:
+                result = await session.call({"code": code})
+            finally:
+                await session.close()
+            if not result.ok or (found := succeeded(result.text)):
+                raise RuntimeError(f"a canary got through: {result.text if not result.ok else ', '.join(found)}")
 
     async def open(self, rollout_id: str) -> PythonSession:
         """Begin a rollout's session; no process is started before its first call."""
-        return PythonSession(self, rollout_id)
+        return PythonSession(self, rollout_id, self._ready_zygote)
+
+    async def close(self) -> None:
+        """End the zygote and with it every session."""
+        zygote, self._zygote = self._zygote, None
+        if zygote is not None:
+            await zygote.close()
+
+
+async def _answer(zygote: ZygoteProcess) -> ZygoteProcess:
+    return zygote
 
 
 class PythonSession:
-    """One rollout's interpreter. Calls run one after the other; `close` ends every process that they started."""
+    """One rollout's interpreter. Calls run one after the other; `close` ends it with all that it holds."""
 
-    def __init__(self, tool: PythonTool, rollout_id: str) -> None:
+    def __init__(self, tool: PythonTool, rollout_id: str, zygote: Callable[[], Any]) -> None:
         self.tool = tool
         self.rollout_id = rollout_id
+        self._zygote = zygote
         self._turn = asyncio.Lock()
-        self._keeper: _Keeper | None = None
+        self._clone: Clone | None = None
         self._state_lost = False
         self._closed = False
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """Run `arguments["code"]`. What the policy did wrong is text with `ok=False`.
 
-        Raises RuntimeError where the host cannot run the tool (the message names the fix) or after `close`.
+        Raises RuntimeError where the host cannot run the tool (the message names the fix) or after `close`, and
+        ToolFailedError where the interpreter was lost by no fault of its code.
         """
         start = time.monotonic()
         async with self._turn:
@@ -124,120 +202,77 @@ class PythonSession:
 
     async def _run(self, code: str) -> tuple[str, bool]:
         prefix = FRESH if self._state_lost else ""
+        if self._clone is None:
+            await self._begin()
+            self._state_lost = False
+        assert self._clone is not None
+        output = Output(self.tool.max_output_characters)
         try:
-            if self._keeper is None:
-                self._keeper = _Keeper(self.tool)
-                await self._keeper.started()
-                self._state_lost = False
-            kind, text = await self._keeper.run(code)
-        except BaseException:  # cancelled in the middle, or no answer to be trusted: this interpreter is not used again
+            verdict, note = await self._clone.run(code, output, self.tool.timeout_seconds, GRACE_SECONDS)
+        except BaseException:  # cancelled in the middle: this interpreter is not used again
             await self._drop()
             raise
-        if kind == b"!":
-            await self._drop()
-        return prefix + text, kind == b"+"
+        if verdict is None:
+            innocent = not self._clone.zygote.usable() or self._clone.lost_with_its_original
+            status = await self._drop()
+            if innocent:
+                raise ToolFailedError(f"the Python interpreter of rollout {self.rollout_id!r} ended with its parent")
+            how = "" if status is None else f" with exit status {status}" if status >= 0 else f" (signal {-status})"
+            note = f"[{note}{how}; its variables are lost]"
+        shown = "\n".join(filter(None, (output.text().removesuffix("\n"), note)))
+        return prefix + shown, bool(verdict)
 
-    async def _drop(self) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            self._state_lost = True
-            keeper.control.close()
-            await asyncio.shield(asyncio.to_thread(keeper.end))
+    async def _begin(self) -> None:
+        """Take a place and start an interpreter."""
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await self.tool._places.acquire()
+        except TimeoutError:
+            raise ToolFailedError(f"no place for another Python session within {WAIT_SECONDS:g} s") from None
+        try:
+            zygote = await self._zygote()
+            seed = hashlib.sha256(self.rollout_id.encode("utf-8", "replace")).hexdigest()
+            self._clone = await Clone.open(zygote, seed)
+        except BaseException:
+            self.tool._places.release()
+            raise
+
+    async def _drop(self) -> int | None:
+        clone, self._clone = self._clone, None
+        if clone is None:
+            return None
+        self._state_lost = True
+        try:
+            return await asyncio.shield(clone.end())
+        finally:
+            self.tool._places.release()
+
+    async def fork(self) -> PythonSession:
+        """A copy of this session with its variables and copies of its files; the two go separate ways.
+
+        Needs `PythonTool(forkable=True)` and tier T2; where no call was made yet, the copy is simply another session.
+        Closing either leaves the other as it is. Threads of the original are not copied.
+        """
+        async with self._turn:
+            copy = PythonSession(self.tool, self.rollout_id, self._zygote)
+            copy._state_lost = self._state_lost
+            if self._closed:
+                raise RuntimeError(f"the Python session of rollout {self.rollout_id!r} is closed")
+            if not self.tool.forkable or self.tool.tier not in ("T2", None):
+                raise RuntimeError("this Python tool cannot fork its sessions: it needs `forkable: true` and tier T2")
+            if self._clone is not None:
+                await self.tool._places.acquire()
+                try:
+                    copy._clone = await self._clone.fork(self.tool.timeout_seconds)
+                except BaseException:
+                    self.tool._places.release()
+                    raise
+            return copy
 
     async def close(self) -> None:
-        """End the interpreter with all its processes and remove its directory. May be called twice."""
+        """End the interpreter. May be called twice, and while a call is under way, which returns at once."""
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.hang_up()  # a call that is under way returns at once
+        if self._clone is not None:
+            self._clone.hang_up()
         async with self._turn:
             await self._drop()
-
-
-class _Keeper:
-    """This side of a running `python_child.py`: frames over a socket pair, every size and wait bounded."""
-
-    def __init__(self, tool: PythonTool) -> None:
-        self.tool = tool
-        self.directory = tempfile.mkdtemp(prefix="rlsys-python-")
-        self.control, child = socket.socketpair()
-        self.control.setblocking(False)
-        limits = (tool.timeout_seconds, tool.memory_mb, tool.max_output_characters, tool.allow_network)
-        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
-        environment |= dict.fromkeys(("HOME", "TMPDIR"), self.directory)
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # else 64 MB for each core
-        try:
-            # In the event loop's own thread, because the child is ended when the *thread* that started it ends.
-            self.process = subprocess.Popen(
-                [self.tool.python, "-I", str(CHILD), *map(str, (child.fileno(), os.getpid(), *limits))],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(child.fileno(),),
-                cwd=self.directory,
-                env=environment,
-                start_new_session=True,
-            )
-        except BaseException:
-            self.control.close()
-            os.rmdir(self.directory)
-            raise
-        finally:
-            child.close()
-
-    async def started(self) -> None:
-        """Wait until the interpreter is confined; RuntimeError where it cannot be."""
-        try:
-            async with asyncio.timeout(MAX_START_SECONDS):
-                kind, text = await self._read_frame()
-        except TimeoutError:
-            raise RuntimeError(f"{self.tool.python} did not start within {MAX_START_SECONDS:g} s") from None
-        if kind != b"R":
-            raise RuntimeError(text or f"{self.tool.python} ended while it started; its error output says why")
-
-    async def run(self, code: str) -> tuple[bytes, str]:
-        """Run one cell; returns `+`, `-` or `!` (interpreter lost) and the text for the policy."""
-        data = code.encode("utf-8", "replace")
-        try:
-            async with asyncio.timeout(self.tool.timeout_seconds + SLACK_SECONDS):
-                loop = asyncio.get_running_loop()
-                await loop.sock_sendall(self.control, b"C" + len(data).to_bytes(4, "big") + data)
-                kind, text = await self._read_frame()
-        except (TimeoutError, OSError):
-            kind, text = b"!", ""
-        return kind, text or ("[the interpreter is gone; its variables are lost]" if kind == b"!" else "")
-
-    async def _read_frame(self) -> tuple[bytes, str]:
-        """One frame; `!` without a text where the child has ended or does not keep to the format."""
-        header = await self._read_exactly(5)
-        size = int.from_bytes(header[1:], "big")
-        if len(header) < 5 or size > 4 * self.tool.max_output_characters + 4096:
-            return b"!", ""
-        return header[:1], (await self._read_exactly(size)).decode("utf-8", "replace")
-
-    async def _read_exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            chunk = await asyncio.get_running_loop().sock_recv(self.control, size - len(data))
-            if not chunk:
-                break
-            data += chunk
-        return data
-
-    def hang_up(self) -> None:
-        """Tell the child to end, and wake whoever waits for it."""
-        with contextlib.suppress(OSError):  # it may have ended first
-            self.control.shutdown(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        """Wait for the child, which ends when its socket closes, and make sure of it. Blocks; run it in a thread."""
-        try:
-            self.process.wait(timeout=SLACK_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.warning("a Python tool's keeper (pid %d) did not end by itself and was killed", self.process.pid)
-            self.process.kill()
-            self.process.wait()
-        try:
-            shutil.rmtree(self.directory)
-        except FileNotFoundError:
-            return  # as it should be: the keeper has removed it
-        except (OSError, RecursionError) as error:
-            log.warning("could not remove the Python tool's directory %s: %s", self.directory, error)

@@ -1,0 +1,347 @@
+"""The zygote of the Python tool: one warm process from which every session's interpreter is cloned in milliseconds.
+
+A program of its own, run by path, because untrusted code must start from a clean and small process: it imports nothing
+of rlsys and inherits neither environment nor descriptors. `python_confine.py` and `python_cell.py` next to it hold the
+layers and the interpreter.
+
+    tool  <-- control socket: JSON, one message each -->  zygote  -- clone -->  session (process 1 of its namespace)
+    tool  <-- the session's own socket and output pipe ------------------------------->  session
+
+Messages to it are {"open": n, "seed": text} with two descriptors and {"end": n}; its answers are {"id": n, "pid": pid}
+with a pidfd, {"id": n, "status": exit status, negative for a signal} and {"id": n, "error": text}. When the tool goes
+away, however it ends, the zygote ends, and with it every session.
+"""
+
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from typing import NoReturn
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last and only for this line: nothing can be shadowed
+import python_cell as cell  # type: ignore[import-not-found]
+import python_confine as confine  # type: ignore[import-not-found]
+import python_seccomp as seccomp  # type: ignore[import-not-found]
+
+del sys.path[-1]
+
+STANDARD = """
+    array bisect cmath collections copy csv ctypes dataclasses datetime decimal enum fractions functools heapq
+    itertools json math operator queue random re statistics string struct tempfile textwrap threading time typing
+    unicodedata uuid zlib encodings.ascii encodings.latin_1 encodings.idna
+"""
+MAX_CPU_SECONDS = 600  # of one session, all its calls together
+MAX_FILE_BYTES = 64 << 20
+MAX_OPEN_FILES = 256
+FIRST_USER = 1000  # of the sessions, inside
+NUM_USERS = 60_000
+FIRST_HOST_USER = 1_000_000
+LOOK_FOR_PARENT_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the tool asks for; `place` is an empty folder of its own."""
+
+    tier: str
+    place: str
+    memory_mb: int
+    disk_mb: int
+    max_files: int
+    max_threads: int
+    forkable: bool
+    preload: list[str]
+
+
+class Zygote:
+    """Prepares itself, then clones a session for each message until the tool has gone."""
+
+    def __init__(self, control: socket.socket, settings: Settings) -> None:
+        self.control, self.settings = control, settings
+        self.parent = os.getppid()
+        self.sessions: dict[int, tuple[int, int]] = {}  # number: process id, pidfd
+        self.ending: set[int] = set()
+        self.users = 1  # how many there are for sessions; with 1 they keep the zygote's own
+        self.alive, self._keeps_alive = os.pipe()
+        self.readable: list[str] = []
+        self.files = -1
+        self.filter = b""
+
+    def prepare(self) -> list[str]:
+        """Leave the host as far as the tier says, and load what sessions start with; returns what is missing."""
+        namespaces = self.settings.tier == "T2"
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # the kernel takes sessions first
+        if namespaces:
+            confine.enter_namespaces()
+            self.map_users()
+        elif os.geteuid() == 0 and readable_by_all(installation(), inside="/"):
+            self.users = NUM_USERS
+        missing = []
+        for name in (*STANDARD.split(), *self.settings.preload):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                missing.append(name)
+        self.readable = installation()
+        if namespaces:
+            confine.build_root(self.settings.place, self.readable)
+            # What is the same for all sessions is made once: each of these costs half a millisecond.
+            self.files = confine.file_rules(["/"], ["/policy"])
+            self.filter = seccomp.program(own_pid=1, opening=True, asks_to_fork=self.settings.forkable)
+        os.environ.clear()
+        os.environ.update({"LANG": "C.UTF-8", "PATH": "/nowhere"})
+        self.set_home(f"{confine.WORK}/0")
+        gc.collect()
+        gc.freeze()  # so that collections in sessions copy no shared pages
+        return missing
+
+    def map_users(self) -> None:
+        """Let the tool, which may have the right, give this namespace many users; else it has the tool's own only."""
+        user, group = os.geteuid(), os.getegid()
+        if all(readable_by_all([path], inside=path) for path in installation()):
+            self.send({"map": os.getpid()})
+            answer, _ = self.receive()
+            if answer["mapped"]:
+                self.users = NUM_USERS
+                return
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+    def set_home(self, folder: str) -> None:
+        """Where programs put their files."""
+        os.environ.update(dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), folder))
+
+    def serve(self) -> None:
+        """Answer the tool until it closes the control socket."""
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        while os.getppid() == self.parent:
+            ready = dict(poll.poll(LOOK_FOR_PARENT_SECONDS * 1000))
+            if self.control.fileno() in ready:
+                message, passed = self.receive()
+                if not message:
+                    return
+                if "open" in message:
+                    self.open(message["open"], message["seed"], passed, poll)
+                else:
+                    self.end(message["end"])
+            for number, (_, pidfd) in list(self.sessions.items()):
+                if pidfd in ready and number in self.ending:
+                    poll.unregister(pidfd)
+                    self.bury(number)
+                elif pidfd in ready:  # it ended by itself: wait until the tool asks
+                    poll.unregister(pidfd)
+
+    def open(self, number: int, seed: str, passed: list[int], poll: select.poll) -> None:
+        """Clone a session."""
+        random.seed(seed)
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed(random.getrandbits(32))  # the module-wide generator of older code
+        try:
+            pid, pidfd = self.clone()
+        except OSError as error:
+            self.send({"id": number, "error": str(error)})
+        else:
+            if pid == 0:
+                self.become_session(number, passed)
+            self.sessions[number] = (pid, pidfd)
+            poll.register(pidfd, select.POLLIN)
+            self.send({"id": number, "pid": pid}, pidfd)
+        finally:
+            for fd in passed:
+                os.close(fd)
+
+    def clone(self) -> tuple[int, int]:
+        """A process of its own, in namespaces of its own where the tier has them."""
+        if self.settings.tier == "T2":
+            return confine.clone(confine.CLONE_NEWPID | confine.CLONE_NEWNS)
+        pid = os.fork()
+        return pid, os.pidfd_open(pid) if pid else -1
+
+    def end(self, number: int) -> None:
+        """Kill a session; what it leaves is cleared up when it has ended."""
+        if number not in self.sessions:
+            self.send({"id": number, "status": 0})
+            return
+        _, pidfd = self.sessions[number]
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self.ending.add(number)
+        if select.select([pidfd], [], [], 0)[0]:
+            self.bury(number)
+
+    def bury(self, number: int) -> None:
+        """Take the exit status of a session that has ended, remove its folder, tell the tool."""
+        pid, pidfd = self.sessions.pop(number)
+        self.ending.discard(number)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(pidfd)
+        self.remove_folder(self.folder_of(number))
+        self.send({"id": number, "status": status})
+
+    def folder_of(self, number: int) -> str:
+        """Where the session's files are: on a file system of its own in T2, on the host's else."""
+        return confine.WORK if self.settings.tier == "T2" else f"{self.settings.place}/{number}"
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a session's folder from the host's file system, however deep it is."""
+        if self.settings.tier == "T1":
+            subprocess.run(["/bin/rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        """End every session and remove what is left of it on the host."""
+        for _, pidfd in self.sessions.values():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pid, _ in self.sessions.values():
+            os.waitpid(pid, 0)
+        self.remove_folder(self.settings.place)
+
+    def become_session(self, number: int, passed: list[int]) -> "NoReturn":
+        """Confine this clone for good and run cells in it."""
+        control = passed[0]
+        try:
+            os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for source, target in zip((*passed, nothing), (cell.CONTROL, cell.OUTPUT, cell.NOTHING), strict=True):
+                os.dup2(source, target, inheritable=False)
+            alive = os.dup2(self.alive, cell.NOTHING + 1, inheritable=False)
+            control = cell.CONTROL
+            for fd in range(3):
+                os.dup2(cell.NOTHING, fd)
+            if self.files >= 0:
+                self.files = os.dup2(self.files, alive + 1, inheritable=False)
+            os.closerange(3, cell.CONTROL)
+            os.closerange(alive + 2, 1 << 16)
+            listener = self.confine(number, alive)
+            os.close(alive)
+            if listener is not None:
+                connection = socket.socket(fileno=cell.CONTROL)
+                socket.send_fds(connection, [b"L"], [listener])
+                connection.detach()
+                os.close(listener)
+            interpreter = cell.Interpreter()
+        except BaseException as error:
+            os.write(control, b"E" + f"{type(error).__name__}: {error}".encode())
+            os._exit(1)
+        try:
+            interpreter.serve()
+        finally:
+            os._exit(0)
+
+    def confine(self, number: int, alive: int) -> int | None:
+        """Every layer of the tier, in the order in which they are possible; returns the listener for forks."""
+        settings, folder = self.settings, self.folder_of(number)
+        user = None
+        if self.users > 1:
+            user = number % NUM_USERS + (FIRST_USER if settings.tier == "T2" else FIRST_HOST_USER)
+        if settings.tier == "T2":
+            owner = f"uid={user or 0},gid={user or 0},mode=700"
+            size = f"size={settings.disk_mb}m,nr_inodes={settings.max_files}"
+            flags = confine.MS_NOSUID | confine.MS_NODEV | confine.MS_NOEXEC
+            confine.mount("tmpfs", folder, "tmpfs", flags, f"{size},{owner}")
+        elif settings.tier == "T1":
+            os.mkdir(folder, 0o700)
+            if user is not None:
+                os.chown(folder, user, user)
+        processes = settings.max_threads * (1 if self.users > 1 else 64)  # elsewhere all sessions count as one user
+        confine.set_limits(
+            {
+                resource.RLIMIT_AS: settings.memory_mb << 20,
+                resource.RLIMIT_CPU: MAX_CPU_SECONDS,
+                resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
+                resource.RLIMIT_CORE: 0,
+                resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
+                resource.RLIMIT_NPROC: processes * (16 if settings.forkable else 1),
+                resource.RLIMIT_MEMLOCK: 0,
+                resource.RLIMIT_MSGQUEUE: 0,
+                resource.RLIMIT_SIGPENDING: 64,
+            }
+        )
+        confine.become(user)
+        if settings.tier != "T0":
+            os.mkdir(f"{folder}/0")
+            os.chdir(f"{folder}/0")
+        if settings.tier == "T1":
+            self.set_home(f"{folder}/0")
+            self.files = confine.file_rules(self.readable, [folder])
+        if settings.tier != "T0":
+            confine.restrict_files(self.files)
+        confine.libc.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # cleared by a change of user
+        if select.select([alive], [], [], 0)[0]:
+            os._exit(1)  # the zygote has ended before that
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if settings.tier != "T2":
+            opening = settings.tier == "T1"
+            self.filter = seccomp.program(own_pid=os.getpid(), opening=opening, asks_to_fork=False)
+        listener = seccomp.install(self.filter, listen=settings.forkable and settings.tier == "T2")
+        return int(listener) if listener is not None else None
+
+    def send(self, message: dict[str, object], *fds: int) -> None:
+        """Send one message to the tool."""
+        socket.send_fds(self.control, [json.dumps(message).encode()], fds)
+
+    def receive(self) -> tuple[dict[str, object], list[int]]:
+        """The next message and the descriptors that came with it; empty where the tool has gone."""
+        data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 4)
+        return json.loads(data) if data else {}, fds
+
+
+def installation() -> list[str]:
+    """What Python needs to read: its libraries and the system's, but no folder that merely stands on `sys.path`."""
+    prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
+    libraries = {os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")}
+    libraries |= {path for path in sysconfig.get_paths().values() if os.path.isdir(path)}
+    inside = tuple(f"{os.path.realpath(library)}/" for library in libraries)
+    libraries |= {path for path in sys.path if os.path.realpath(path).startswith(inside)}
+    everything = {os.path.abspath(path) for path in (*libraries, *confine.SYSTEM_FILES)}
+    everything |= {os.path.realpath(path) for path in everything}
+    found = sorted(path for path in everything if os.path.exists(path))
+    return [path for path in found if not any(path.startswith(f"{other}/") for other in found)]
+
+
+def readable_by_all(paths: list[str], *, inside: str) -> bool:
+    """Whether any user can read these paths and the modules in them, as seen from the folder `inside`."""
+    files = [path for path in (os.__file__, sys.modules["json"].__file__ or "") if path.startswith(tuple(paths))]
+    for path in (*paths, *files):
+        while path.startswith(inside):
+            if not os.stat(path).st_mode & (0o001 if os.path.isdir(path) else 0o004):
+                return False
+            if path == inside:
+                break
+            path = os.path.dirname(path)
+    return True
+
+
+def main() -> None:
+    """Serve the tool at the other end of the descriptor in argv[1]; argv[2] holds the settings."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    zygote = Zygote(control, Settings(**json.loads(sys.argv[2])))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # inherited: Ray blocks SIGINT in the threads of its actors
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        try:
+            missing = zygote.prepare()
+        except OSError as error:
+            zygote.send({"error": str(error)})
+            return
+        zygote.send({"ready": True, "missing": missing, "users": zygote.users})
+        zygote.serve()
+    except (BrokenPipeError, ConnectionResetError):  # the tool has gone away while this process was about to answer
+        return
+    finally:
+        zygote.close()
+
+
+if __name__ == "__main__":
+    main()
