@@ -5,7 +5,7 @@ calls the kernel directly. None of them does harm where it succeeds: signals are
 a few times their limit, and switches are asked with wrong words.
 """
 
-from tests.tools.attacks.arena import LIMITS, SIZES, Arena, Verdict
+from tests.tools.attacks.arena import Arena, Verdict
 from tests.tools.attacks.attack import TIERS, Attack
 from tests.tools.attacks.confidential import SECRETS
 from tests.tools.attacks.files import FILES
@@ -22,4 +22,4 @@ ATTACKS: tuple[Attack, ...] = (
     *NETWORK, *SECRETS, *FILES, *PROCESSES, *KERNEL, *MEMORY, *DISK, *OUTPUT, *TIME, *PROTOCOL, *STATE,
 )  # fmt: skip
 
-__all__ = ["ATTACKS", "Arena", "Attack", "LIMITS", "SIZES", "TIERS", "Verdict", "World"]
+__all__ = ["ATTACKS", "Arena", "Attack", "TIERS", "Verdict", "World"]

@@ -1,8 +1,9 @@
 """Where attacks are tried: one tool of one tier, a host to defend, and a judge who trusts nothing from inside.
 
 An attack has *succeeded* where the world shows it (a listener was reached, a file changed, a secret turned up in
-an answer, a process stayed behind, memory or time went beyond its bound, a later call was answered falsely) or where its own code reports that a refused thing worked. It is *survived* where the next call of
-its session and a new session of the same tool work as ever.
+an answer, a process stayed behind, memory or time went beyond its bound, a later call was answered falsely)
+or where its own code reports that a refused thing worked. It is *survived* where another session goes on undisturbed
+and a new one of the same tool works as ever.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.interfaces import ToolResult
+from rlsys.tools.python import PythonTool
 from tests.tools.attacks.attack import Attack, prelude
 from tests.tools.attacks.world import World, descendants, marked_processes, resident_mb
 
-LIMITS = {"timeout_seconds": 0.75, "memory_mb": 512, "max_output_characters": 6000}
-SIZES = {"disk_mb": 16, "max_files": 1000, "max_threads": 32}
+LIMITS: dict[str, Any] = {"timeout_seconds": 0.75, "memory_mb": 512, "disk_mb": 16, "max_files": 1000, "max_threads": 32}
+MAX_OUTPUT_CHARACTERS = 6000
 GRACE_SECONDS = 1.0  # what the tool gives an interrupted cell
 SLACK_SECONDS = 5.0  # what a loaded machine may need on top of every bound
 HANG_SECONDS = 30.0
@@ -60,10 +62,17 @@ class Verdict:
 class Arena:
     """Tries attacks against one tool. Everything runs in one event loop, whose thread is the main one."""
 
-    def __init__(self, tool: Any, world: World) -> None:
+    def __init__(self, tool: PythonTool, world: World) -> None:
         self.tool = tool
         self.world = world
         self.count = 0
+
+    @classmethod
+    async def open(cls, tier: Literal["T2", "T1", "T0"], world: World) -> Arena:
+        """An arena with a tool of this tier; RuntimeError where this host cannot make it."""
+        tool = PythonTool(tier=tier, max_output_characters=MAX_OUTPUT_CHARACTERS, **LIMITS)
+        await tool.start()
+        return cls(tool, world)
 
     async def fight(self, attack: Attack) -> Verdict:
         """One attack in a session of its own, beside a session that must not notice it."""
@@ -141,10 +150,10 @@ class _Fight:
         except TimeoutError:
             self.evidence.append(f"a call did not return within {HANG_SECONDS:g} s")
             return ToolResult(text="[hung]", ok=False, seconds=HANG_SECONDS)
-        bound = self.tool.timeout_seconds + GRACE_SECONDS + SLACK_SECONDS
+        bound = LIMITS["timeout_seconds"] + GRACE_SECONDS + SLACK_SECONDS
         if result.seconds > bound:
             self.evidence.append(f"a call took {result.seconds:.1f} s; the bound is {bound:g} s")
-        if len(result.text) > self.tool.max_output_characters + 400:
+        if len(result.text) > MAX_OUTPUT_CHARACTERS + 400:
             self.evidence.append(f"an answer has {len(result.text)} characters")
         if any("\ud800" <= character <= "\udfff" for character in result.text):
             self.evidence.append("an answer cannot be encoded as UTF-8")
@@ -158,9 +167,8 @@ class _Fight:
             self.broken.append(f"a session could not be started before the attack: {result.text}")
             return None
         pid, address, directory = result.text.split()
-        options = {name: getattr(self.tool, name) for name in ("timeout_seconds", "memory_mb")}
         other = {"other_pid": int(pid), "other_address": int(address), "other_directory": directory}
-        return self.world.known() | SIZES | options | other
+        return self.world.known() | LIMITS | other
 
     async def attack_with(self, session: Any, known: dict[str, Any]) -> None:
         result = await self.call(session, prelude(known, self.attack.imports))
@@ -226,7 +234,7 @@ class _Fight:
             host, below = (most - least for most, least in zip(peak, first, strict=True))
             if host > HOST_GROWTH_MB:
                 self.evidence.append(f"this process grew by {host:.0f} MiB")
-            if below > 1.25 * self.tool.memory_mb + CLONES_MB:
+            if below > 1.25 * LIMITS["memory_mb"] + CLONES_MB:
                 self.evidence.append(f"the sandbox used {below:.0f} MiB of memory")
 
 

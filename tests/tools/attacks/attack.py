@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIERS = ("T2", "T1", "T0")
-TRIED = r"(?m)^(denied|harmless|SUCCEEDED) "
-LOST = r"(?i)lost|gone|kept|killed|interrupted"
+TRIED = r"(denied|harmless|SUCCEEDED) "
+LOST = r"variables are (lost|kept)|are gone"
 ANYTHING = r"(?s).*"
 
 

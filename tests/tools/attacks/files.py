@@ -127,7 +127,7 @@ FILES = (
         """,
         later="""
         import builtins, os, sys
-        print("SUCCEEDED to poison" if hasattr(builtins, "poisoned") else "denied: no poison")
+        print("SUCCEEDED to poison" if hasattr(builtins, "poisoned") else "denied : no poison")
         try:
             left = [name for name in os.listdir(".") if name.endswith(".py")]
         except OSError:
@@ -154,8 +154,8 @@ FILES = (
         """
         for path in ("/proc/sysrq-trigger", "/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe",
                      "/proc/self/oom_score_adj", "/proc/sys/vm/drop_caches", "/proc/sys/kernel/hostname",
-                     "/proc/self/uid_map", "/proc/self/coredump_filter", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/cgroup.procs",
-                     "/sys/power/state", "/sys/module/kernel"):
+                     "/proc/self/uid_map", "/proc/self/coredump_filter", "/sys/kernel/uevent_helper",
+                     "/sys/fs/cgroup/cgroup.procs", "/sys/power/state", "/sys/module/kernel"):
             attempt(path, lambda: os.open(path, os.O_WRONLY))
         """,
     ),

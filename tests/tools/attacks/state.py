@@ -210,7 +210,7 @@ STATE = (
         import builtins
         for name in ("print", "repr", "compile", "exec", "eval", "len", "open", "isinstance", "str", "bytes",
                      "type", "bool", "BaseException", "Exception", "KeyboardInterrupt", "SystemExit", "OSError",
-                     "__import__", "__build_class__", "memoryview", "bytearray", "int", "getattr", "enumerate", "range"):
+                     "__import__", "__build_class__", "memoryview", "bytearray", "int", "getattr", "enumerate"):
             setattr(builtins, name, lambda *a, **k: 43)
         """,
     ),
