@@ -65,7 +65,8 @@ class Clone:
         self._gate: ForkGate | None = None
         self._original: Clone = self
         self._num_copies = 0
-        self._given_up = False
+        self._call: _Call | None = None
+        self._given_up = self._lost = False
         self._loop = asyncio.get_running_loop()
 
     @classmethod
@@ -125,7 +126,7 @@ class Clone:
         self, code: str, output: Output, timeout_seconds: float, grace_seconds: float
     ) -> tuple[bool | None, str]:
         """Run one cell; returns whether it ended well (None: the interpreter is lost) and a note for the policy."""
-        call = _Call(self._loop, self._pidfd, timeout_seconds, grace_seconds)
+        call = self._call = _Call(self._loop, self._pidfd, timeout_seconds, grace_seconds)
         key = os.urandom(8).hex().encode()
         data = code.encode("utf-8", "replace")
         self._loop.add_reader(self._control, self._take_answer, call, key)
@@ -133,9 +134,12 @@ class Clone:
         try:
             with contextlib.suppress(OSError):  # its end is noticed by the reader
                 await self._loop.sock_sendall(self._control, b"R" + key + len(data).to_bytes(4, "big") + data)
-            return await call.answer
+            verdict, note = await call.answer
+            self._lost = verdict is None
+            return verdict, note
         finally:
             call.cancel()
+            self._call = None
             self._loop.remove_reader(self._control)
             self._loop.remove_reader(self._output)
             for _ in range(MAX_READS_BEHIND):
@@ -205,9 +209,9 @@ class Clone:
         return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], 0)[0])
 
     def hang_up(self) -> None:
-        """Wake whoever waits for an answer."""
-        with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_RDWR)
+        """Stop a call that is under way."""
+        if self._call is not None:
+            self._call.stop("the session was closed")
 
     async def end(self) -> int | None:
         """Kill it and wait until it is gone; returns its exit status where it is known.
@@ -216,7 +220,7 @@ class Clone:
         """
         self._given_up = True
         if self._original is self:
-            return None if self._num_copies and not self._has_ended() else await self._end_original()
+            return None if self._num_copies and not self._lost else await self._end_original()
         await self._end_copy()
         self._original._num_copies -= 1
         if self._original._given_up and not self._original._num_copies:
@@ -293,6 +297,11 @@ class _Call:
         """There will be no answer."""
         if not self.answer.done():
             self.answer.set_result((None, reason))
+
+    def stop(self, reason: str) -> None:
+        """Interrupt it and do not wait for an answer."""
+        self._signal(signal.SIGINT)
+        self.lose(reason)
 
     def cancel(self) -> None:
         """Stop the clock."""

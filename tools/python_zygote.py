@@ -71,6 +71,7 @@ class Zygote:
         self.sessions: dict[int, tuple[int, int]] = {}  # number: process id, pidfd
         self.ending: set[int] = set()
         self.users = 1  # how many there are for sessions; with 1 they keep the zygote's own
+        self.poll = select.poll()
         self.alive, self._keeps_alive = os.pipe()
         self.readable: list[str] = []
         self.files = -1
@@ -124,39 +125,36 @@ class Zygote:
 
     def serve(self) -> None:
         """Answer the tool until it closes the control socket."""
-        poll = select.poll()
-        poll.register(self.control, select.POLLIN)
+        self.poll.register(self.control, select.POLLIN)
         while os.getppid() == self.parent:
-            ready = dict(poll.poll(LOOK_FOR_PARENT_SECONDS * 1000))
+            ready = dict(self.poll.poll(LOOK_FOR_PARENT_SECONDS * 1000))
+            for number, (_, pidfd) in list(self.sessions.items()):
+                if pidfd in ready:  # before the message, which may open another session at the same descriptor
+                    self.poll.unregister(pidfd)
+                    if number in self.ending:
+                        self.bury(number)
             if self.control.fileno() in ready:
                 message, passed = self.receive()
                 if not message:
                     return
                 if "open" in message:
-                    self.open(message["open"], message["seed"], passed, poll)
+                    self.open(message["open"], message["seed"], passed)
                 else:
                     self.end(message["end"])
-            for number, (_, pidfd) in list(self.sessions.items()):
-                if pidfd in ready and number in self.ending:
-                    poll.unregister(pidfd)
-                    self.bury(number)
-                elif pidfd in ready:  # it ended by itself: wait until the tool asks
-                    poll.unregister(pidfd)
 
-    def open(self, number: int, seed: str, passed: list[int], poll: select.poll) -> None:
+    def open(self, number: int, seed: str, passed: list[int]) -> None:
         """Clone a session."""
-        random.seed(seed)
         if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed(random.getrandbits(32))  # the module-wide generator of older code
+            sys.modules["numpy.random"].seed(int(seed[:8], 16))  # the module-wide generator of older code
         try:
             pid, pidfd = self.clone()
         except OSError as error:
             self.send({"id": number, "error": str(error)})
         else:
             if pid == 0:
-                self.become_session(number, passed)
+                self.become_session(number, seed, passed)
             self.sessions[number] = (pid, pidfd)
-            poll.register(pidfd, select.POLLIN)
+            self.poll.register(pidfd, select.POLLIN)
             self.send({"id": number, "pid": pid}, pidfd)
         finally:
             for fd in passed:
@@ -177,8 +175,7 @@ class Zygote:
         _, pidfd = self.sessions[number]
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self.ending.add(number)
-        if select.select([pidfd], [], [], 0)[0]:
-            self.bury(number)
+        self.poll.register(pidfd, select.POLLIN)  # again: it may have ended by itself before
 
     def bury(self, number: int) -> None:
         """Take the exit status of a session that has ended, remove its folder, tell the tool."""
@@ -206,7 +203,7 @@ class Zygote:
             os.waitpid(pid, 0)
         self.remove_folder(self.settings.place)
 
-    def become_session(self, number: int, passed: list[int]) -> "NoReturn":
+    def become_session(self, number: int, seed: str, passed: list[int]) -> "NoReturn":
         """Confine this clone for good and run cells in it."""
         control = passed[0]
         try:
@@ -229,6 +226,7 @@ class Zygote:
                 socket.send_fds(connection, [b"L"], [listener])
                 connection.detach()
                 os.close(listener)
+            random.seed(seed)
             interpreter = cell.Interpreter()
         except BaseException as error:
             os.write(control, b"E" + f"{type(error).__name__}: {error}".encode())
