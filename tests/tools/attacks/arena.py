@@ -22,7 +22,13 @@ from rlsys.tools.python import PythonTool
 from tests.tools.attacks.attack import Attack, prelude
 from tests.tools.attacks.world import World, descendants, marked_processes, resident_mb
 
-LIMITS: dict[str, Any] = {"timeout_seconds": 0.75, "memory_mb": 512, "disk_mb": 16, "max_files": 1000, "max_threads": 32}
+LIMITS: dict[str, Any] = {
+    "timeout_seconds": 0.75,
+    "memory_mb": 512,
+    "disk_mb": 16,
+    "max_files": 1000,
+    "max_threads": 32,
+}
 MAX_OUTPUT_CHARACTERS = 6000
 GRACE_SECONDS = 1.0  # what the tool gives an interrupted cell
 SLACK_SECONDS = 5.0  # what a loaded machine may need on top of every bound
@@ -31,6 +37,7 @@ MOST_SIDE_BY_SIDE = 6
 HOST_GROWTH_MB = 64
 CLONES_MB = 400  # two more sessions and the tool's own processes, whose pages are partly counted twice
 WATCHED = {"memory", "output", "disk"}
+MISTAKES = re.compile(r"(?m)^(NameError|SyntaxError|AttributeError|TypeError|ModuleNotFoundError).*")
 
 BYSTANDER = """
 import ctypes, os, signal
@@ -176,10 +183,15 @@ class _Fight:
             self.broken.append(f"the attack could not be prepared: {result.text}")
             return
         for cell in self.attack.cells:
-            self.texts.append((await self.call(session, cell)).text)
+            result = await self.call(session, cell)
+            self.texts.append(result.text)
+        if self.attack.fails and result.ok:
+            self.evidence.append(f"the attack's failing call was reported as a good one: {result.text!r:.200}")
         whole = "\n".join(self.texts)
         if not re.search(self.attack.ran, whole):
-            self.broken.append(f"the attack was not tried: no {self.attack.ran!r} in {whole!r}")
+            self.broken.append(f"the attack was not tried: no {self.attack.ran!r} in {whole!r:.500}")
+        if "Error" not in self.attack.ran and (found := MISTAKES.search(whole)):
+            self.broken.append(f"the attack has a mistake: {found[0]}")
         self.evidence += [line for line in whole.splitlines() if line.startswith("SUCCEEDED ")]
         for name, secret in self.world.secrets.items():
             if secret in whole:
@@ -189,10 +201,12 @@ class _Fight:
     async def ask_attacker(self, session: Any) -> None:
         """The attacked session must go on honestly: right answers, or the word that its variables are lost."""
         failing = await self.call(session, "raise ValueError('an honest error')")
-        if failing.ok:
+        if failing.ok and not self.attack.insider:
             self.evidence.append(f"a failing call was reported as a good one: {failing.text!r:.200}")
         answer = await self.call(session, "6 * 7")
-        if answer.ok and "42" not in answer.text:
+        if (
+            answer.ok and not self.attack.insider and "42" not in answer.text and "characters cut" not in answer.text
+        ):  # threads may go on printing
             self.evidence.append(f"a later call was answered falsely: {answer.text!r:.200}")
         self.texts += [failing.text, answer.text]
 

@@ -19,16 +19,22 @@ ANYTHING = r"(?s).*"
 class Attack:
     """Cells that one session runs one after the other. The arena decides whether they achieved anything.
 
-    `imports` are modules for the cells, separated by spaces; one that cannot be imported raises where it is used.
-    `later` runs in a session that is opened after this one was closed. `ran` is a pattern that the answers must match,
-    because an attack that was never tried proves nothing. `succeeds_in` names the tiers that do not stop it. `waits` is
-    for attacks that use up their time: they run side by side.
+    - `imports`: modules for the cells, separated by spaces; one that cannot be imported raises where it is used.
+    - `later`: a cell of a session that is opened after this one was closed; it looks for what the attack left.
+    - `ran`: a pattern that the answers must match, because an attack that was never tried proves nothing.
+    - `fails`: the last cell ends with an error, and must be reported so.
+    - `insider`: it speaks with the interpreter's own voice, because it has read the request's key in its frames or has
+      patched its loop. What it says of its own cells is then no success: it could as well have caught its errors.
+    - `succeeds_in`: the tiers that do not stop it.
+    - `waits`: it uses up its time; such attacks run side by side.
     """
 
     name: str
     family: str
     cells: tuple[str, ...]
     imports: str = ""
+    fails: bool = False
+    insider: bool = False
     later: str = ""
     ran: str = TRIED
     succeeds_in: frozenset[str] = field(default_factory=frozenset)

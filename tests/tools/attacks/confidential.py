@@ -45,8 +45,9 @@ SECRETS = (
         "a private key",
         """
         attempt("the key", lambda: print(open(W["key"]).read()))
+        installed = f"{sys.base_prefix}/{sys.prefix}".split("/")  # the way to it must exist
         for place in ("~/.ssh", "/root", "/home"):
-            attempt(place, lambda: os.listdir(os.path.expanduser(place)), bad=bool)
+            attempt(place, lambda: os.listdir(os.path.expanduser(place)), bad=lambda names: set(names) - set(installed))
         """,
     ),
     secrets("the answer key", """attempt("the answers", lambda: print(open(W["answers"], "rb").read()))"""),

@@ -186,6 +186,26 @@ FILES = (
         """,
     ),
     files(
+        "a notice of changes in a directory",
+        """
+        def watch(path):
+            return fcntl.fcntl(os.open(path, os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_MODIFY | fcntl.DN_CREATE)
+        for path in (W["folder"], W["root"], os.path.dirname(W["temporary"])):
+            attempt(f"dnotify on {path}", lambda: watch(path), bad=lambda _: os.path.exists(W["project"]))
+        """,
+        imports="fcntl",
+    ),
+    files(
+        "looking at host files without opening them",
+        """
+        for path in (W["project"], W["key"], W["root"] + "/pyproject.toml"):
+            attempt("stat", lambda: os.stat(path).st_size)
+            attempt("access", lambda: os.access(path, os.R_OK), bad=bool)
+            attempt("extended attributes", lambda: os.listxattr(path))
+            attempt("statvfs", lambda: os.statvfs(path).f_bavail)
+        """,
+    ),
+    files(
         "file handles",
         """
         handle = (ctypes.c_uint32 * 34)(128, 0)

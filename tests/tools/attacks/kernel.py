@@ -105,6 +105,20 @@ KERNEL = (
         """,
     ),
     kernel(
+        "urgent data on a socket pair",
+        """
+        def urgent():
+            left, right = socket.socketpair()
+            return left.send(b"x", socket.MSG_OOB), right.recv(1, socket.MSG_OOB)
+        attempt("send and receive", urgent)
+        def by_message():
+            left, right = socket.socketpair()
+            return left.sendmsg([b"x"], [], socket.MSG_OOB), right.recvmsg(1, 0, socket.MSG_OOB)
+        attempt("sendmsg and recvmsg", by_message)
+        """,
+        imports="socket",
+    ),
+    kernel(
         "personality",
         """
         for flags in (0x0400000, 0x0040000, 0x0100000, 0x8):
@@ -173,7 +187,7 @@ KERNEL = (
         """
         attempt("no_new_privs", lambda: checked(libc.prctl(38, 0, 0, 0, 0)))
         attempt("seccomp off", lambda: checked(libc.prctl(22, 0, 0, 0, 0)))
-        attempt("no_new_privs is set", lambda: libc.prctl(39, 0, 0, 0, 0), bad=lambda value: value != 1)
+        attempt("no_new_privs is set", lambda: libc.prctl(39, 0, 0, 0, 0), bad=lambda value: value not in (1, -1))
         attempt("seccomp is set", lambda: libc.prctl(21, 0, 0, 0, 0), bad=lambda value: value not in (2, -1))
         attempt("a tracer", lambda: checked(libc.prctl(0x59616D61, W["witness_pid"], 0, 0, 0)), bad=lambda _: False)
         attempt("dumpable", lambda: checked(libc.prctl(4, 1, 0, 0, 0)), bad=lambda _: False)

@@ -26,43 +26,31 @@ def frames(key):
             yield struct.pack(form, len(body)) + body
         yield b"R" + struct.pack(">I", len(body)) + body
         yield b"+" + struct.pack(">I", len(body)) + body
-def send_everywhere(data, first=3, last=1024):
-    sent = 0
-    for descriptor in range(first, last):
+def is_open(descriptor):
+    try:
+        return os.get_blocking(descriptor) or True
+    except OSError:
+        return False
+targets = [descriptor for descriptor in range(3, 1024) if is_open(descriptor)]
+def send_everywhere(data):
+    for descriptor in targets:
         try:
             os.set_blocking(descriptor, False)
-            sent += os.write(descriptor, data) > 0
+            os.write(descriptor, data)
         except OSError:
             pass
-    return sent
 """
 
-FIND_IDS = """
-import gc
-def keys():
-    found, seen = set(), set()
-    def look(value, depth):
-        if id(value) in seen or len(seen) > 200000:
-            return
-        seen.add(id(value))
-        if isinstance(value, (str, bytes)) and 4 <= len(value) <= 40:
-            found.add(value)
-        elif isinstance(value, int) and value > 255:
-            found.add(str(value))
-        elif depth and isinstance(value, (dict, list, tuple, set)):
-            for part in list(value.values() if isinstance(value, dict) else value)[:50]:
-                look(part, depth - 1)
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, type(sys)):
-            for part in list(vars(value).values()):
-                look(part, depth - 1)
-    frame = sys._getframe()
+FIND_KEY = """
+import stat
+sockets = [descriptor for descriptor in targets if stat.S_ISSOCK(os.fstat(descriptor).st_mode)]
+def keys(frame):  # what this tool gives a request; the interpreter holds it in a variable of its main loop
     while frame is not None:
-        if frame.f_code.co_filename != __file_of_cell__:
-            for value in list(frame.f_locals.values()):
-                look(value, 3)
+        yield from (value for value in list(frame.f_locals.values()) if isinstance(value, bytes) and len(value) == 16)
         frame = frame.f_back
-    return found
-__file_of_cell__ = sys._getframe().f_code.co_filename
+def answer(key, flag):
+    for descriptor in sockets:
+        os.write(descriptor, key + flag)
 """
 
 PROTOCOL = (
@@ -94,8 +82,14 @@ PROTOCOL = (
             os.dup2(os.open("/dev/null", os.O_RDWR), descriptor)
         """,
     ),
-    protocol("garbage on every descriptor", f"{FORGE}\nsend_everywhere(os.urandom(300))\nraise ValueError('true end')"),
-    protocol("a newline on every descriptor", f"{FORGE}\nsend_everywhere(b'\\n')\nraise ValueError('true end')"),
+    protocol(
+        "garbage on every descriptor",
+        f"{FORGE}\nsend_everywhere(os.urandom(300))\nraise ValueError('true end')",
+        fails=True,
+    ),
+    protocol(
+        "a newline on every descriptor", f"{FORGE}\nsend_everywhere(b'\\n')\nraise ValueError('true end')", fails=True
+    ),
     protocol(
         "frames of a huge length",
         f"""{FORGE}
@@ -103,8 +97,9 @@ for form in (">I", "<I", ">Q"):
     send_everywhere(struct.pack(form, 0xFFFFFFFF) + b"x" * 100)
 raise ValueError("true end")
 """,
+        fails=True,
     ),
-    protocol("half a frame", f"{FORGE}\nsend_everywhere(b'\\0\\0\\0')\nraise ValueError('true end')"),
+    protocol("half a frame", f"{FORGE}\nsend_everywhere(b'\\0\\0\\0')\nraise ValueError('true end')", fails=True),
     protocol(
         "half a frame and silence", f"{FORGE}\nsend_everywhere(b'\\0\\0\\0\\x40' + b'x' * 8)\nwhile True:\n    pass"
     ),
@@ -127,26 +122,64 @@ for number in (0, 1, 2, 3, "0", "1", "2", b"\\0" * 16, b"\\0" * 8):
         send_everywhere(frame)
 raise ValueError("true end")
 """,
+        fails=True,
     ),
     protocol(
-        "frames with ids found in the interpreter",
-        f"""{FORGE}{FIND_IDS}
-for key in list(keys())[:400]:
-    for frame in frames(key):
-        send_everywhere(frame)
+        "the answer before the end",
+        f"""{FORGE}{FIND_KEY}
+answer(next(keys(sys._getframe())), b"+")
 raise ValueError("true end")
 """,
+        insider=True,
     ),
     protocol(
-        "frames for the next call",
-        f"""{FORGE}{FIND_IDS}
-def answer():
-    while True:
-        for frame in frames("1"):
-            send_everywhere(frame)
-_thread.start_new_thread(answer, ())
+        "the answer and then silence",
+        f"""{FORGE}{FIND_KEY}
+answer(next(keys(sys._getframe())), b"+")
+while True:
+    pass
 """,
-        imports="_thread",
+        insider=True,
+        waits=True,
+    ),
+    protocol(
+        "the answer and then the end",
+        f"""{FORGE}{FIND_KEY}
+answer(next(keys(sys._getframe())), b"+")
+os._exit(0)
+""",
+        insider=True,
+    ),
+    protocol(
+        "the answer to the next call",
+        f"""{FORGE}{FIND_KEY}
+def forge():
+    answered = set()
+    while True:
+        for key in keys(sys._current_frames()[main]):
+            if key not in answered:
+                answered.add(key)
+                answer(key, b"+")
+main = _thread.get_ident()
+sys.setswitchinterval(1e-6)
+_thread.start_new_thread(forge, ())
+""",
+        "import time\ntime.sleep(0.1)\nraise ValueError('true end')",
+        imports="_thread time",
+        insider=True,
+    ),
+    protocol(
+        "answers to every call by a patched loop",
+        f"""{FORGE}{FIND_KEY}
+frame = sys._getframe()
+while frame is not None:
+    for value in list(frame.f_locals.values()):
+        if hasattr(value, "show_error") and hasattr(value, "run"):
+            type(value).show_error = lambda self, error: True
+    frame = frame.f_back
+""",
+        "raise ValueError('true end')",
+        insider=True,
     ),
     protocol(
         "stealing the next call",
@@ -217,7 +250,7 @@ _thread.start_new_thread(answer, ())
         "print('after')",
     ),
     protocol("ending at once", "os._exit(0)"),
-    protocol("ending with a status", "os._exit(99)", "exit(3)", "raise SystemExit('gone')", "sys.exit(0)"),
+    protocol("ending with a status", "os._exit(99)", "exit(3)", "raise SystemExit('gone')", "import sys\nsys.exit(0)"),
     protocol("abort", "os.abort()"),
     protocol("a crash", "ctypes.string_at(0)"),
     protocol(

@@ -137,6 +137,7 @@ MEMORY = (
         attempt("shift", lambda: (1 << (8 << 33)).bit_length())
         attempt("a constant", lambda: len(eval("(1,) * (1 << 30)")))
         attempt("nested brackets", lambda: eval("(" * 100000 + ")" * 100000))
+        attempt("many signs", lambda: compile("-" * 500000 + "1", "bomb", "eval"))
         """,
     ),
 )

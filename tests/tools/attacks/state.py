@@ -339,6 +339,7 @@ STATE = (
             frame = frame.f_back
         raise ValueError("true end")
         """,
+        fails=True,
     ),
     state(
         "variables of one's own that look like the interpreter's",
@@ -361,5 +362,6 @@ STATE = (
         """,
         "import this_does_not_exist",
         "from __future__ import annotations\nfrom __future__ import braces",
+        ran="SyntaxError",
     ),
 )
