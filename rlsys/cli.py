@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console as RichConsole
@@ -132,17 +132,13 @@ def grade_responses(
     A result is `{"score", "status", "extracted", "seconds"}`; where the reward raised, the status is `failed`, the
     score null and `message` says why. Responses are graded one after the other.
     """
-    import yaml
-
     from rlsys.console import Console
     from rlsys.grading import grade_rows, read_responses, summary_rows
     from rlsys.plugins import build
 
-    pairs = [text.partition("=") for text in option or []]
-    if bad := [key for key, equals, _ in pairs if not equals]:
-        raise ConfigError(f"--option {bad[0]!r} is not of the form name=value")
+    options = _options(option)
     sys.path.insert(0, os.getcwd())  # the user's own module lies where the user stands
-    built = build(reward, {key: yaml.safe_load(value) for key, _, value in pairs}, place="--reward")
+    built = build(reward, options, place="--reward")
     target = output or file.with_suffix(".graded.jsonl")
     rows = read_responses(file)
     with Console().counting("grading", total=len(rows)) as tell:
@@ -155,6 +151,49 @@ def grade_responses(
     if failed := next((result for result in graded if result.message), None):
         plain.print(f"[yellow]the first that failed:[/] {_escaped(str(failed.message))}", soft_wrap=True)
     plain.print(f"every result: {target}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: packages, GPUs, and how well the Python tool can be isolated."""
+    from rlsys.doctor import examine
+
+    table = Table("what", "here", "what to do", box=None, pad_edge=False)
+    findings = examine()
+    for finding in findings:
+        table.add_row(
+            finding.what, f"[{'green' if finding.ok else 'yellow'}]{_escaped(finding.here)}[/]", finding.advice
+        )
+    RichConsole().print(table)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+tools = typer.Typer(no_args_is_help=True, help="Try what the policy may call.")
+app.add_typer(tools, name="tool")
+
+
+@tools.command("python")
+def python_prompt(
+    option: Annotated[
+        list[str] | None, typer.Option(help="The tool's options: name=value ...", show_default=False)
+    ] = None,
+) -> None:
+    """A prompt in the sandbox that the policy's code runs in. An empty line ends a block, Ctrl-D the session."""
+    from rlsys.plugins import build
+    from rlsys.prompt import converse
+
+    place = "rlsys tool python --option"
+    converse(build("rlsys.tools.python:PythonTool", _options(option), place=place))
+
+
+def _options(texts: list[str] | None) -> dict[str, Any]:
+    """`name=value` texts as options; values are read as YAML."""
+    import yaml
+
+    pairs = [text.partition("=") for text in texts or []]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise ConfigError(f"--option {bad[0]!r} is not of the form name=value")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class PythonTool:
                     problems.append(f"{tier}: {error or f'no answer within {START_SECONDS:g} s'}")
                     continue
                 self._zygote, self.tier = zygote, tier
-                if tier != "T2" and again is None:
+                if problems:
                     log.warning("the Python tool runs in the weaker tier %s (%s)", tier, "; ".join(problems))
                 return zygote
             raise RuntimeError(

@@ -20,6 +20,7 @@ MAX_READS_BEHIND = 32  # of output, once the answer is there: a thread of the co
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, call, architecture, ip, arguments
 _RECEIVE, _ANSWER, _CONTINUE, _EPERM = 0xC0502100, 0xC0182101, 1, 1
 _MAX_DENIED_FORKS = 1000
+PATIENCE_SECONDS = 0.2
 
 
 class ForkGate:
@@ -61,7 +62,7 @@ class Clone:
     def __init__(self, zygote: ZygoteProcess, number: int, control: socket.socket, output: int) -> None:
         self.zygote, self._number = zygote, number
         self._control, self._output = control, output
-        self._pidfd = -1
+        self._pid, self._pidfd = 0, -1
         self._gate: ForkGate | None = None
         self._original: Clone = self
         self._num_copies = 0
@@ -76,7 +77,8 @@ class Clone:
         clone, theirs = cls._with_ends(zygote, number)
         try:
             try:
-                _, (clone._pidfd,) = await zygote.request("open", number, theirs, seed=seed)
+                answer, (clone._pidfd,) = await zygote.request("open", number, theirs, seed=seed)
+                clone._pid = answer["pid"]
             finally:
                 for fd in theirs:
                     os.close(fd)
@@ -126,7 +128,7 @@ class Clone:
         self, code: str, output: Output, timeout_seconds: float, grace_seconds: float
     ) -> tuple[bool | None, str]:
         """Run one cell; returns whether it ended well (None: the interpreter is lost) and a note for the policy."""
-        call = self._call = _Call(self._loop, self._pidfd, timeout_seconds, grace_seconds)
+        call = self._call = _Call(self._loop, self._pid, self._pidfd, timeout_seconds, grace_seconds)
         key = os.urandom(8).hex().encode()
         data = code.encode("utf-8", "replace")
         self._loop.add_reader(self._control, self._take_answer, call, key)
@@ -190,7 +192,7 @@ class Clone:
                 answer, _ = await self._receive()
             if answer != key + b"+":
                 raise RuntimeError("the interpreter broke the tool's protocol")
-            copy._pidfd = os.pidfd_open(pid)
+            copy._pid, copy._pidfd = pid, os.pidfd_open(pid)
         except (OSError, TimeoutError, RuntimeError) as error:
             copy._close_ends()
             raise RuntimeError(f"the interpreter could not be copied: {error}") from error
@@ -258,7 +260,7 @@ class Clone:
 
     async def _readable(self, source: socket.socket | int) -> None:
         readable: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(source, lambda: readable.done() or readable.set_result(None))
+        self._loop.add_reader(source, lambda: None if readable.done() else readable.set_result(None))
         try:
             await readable
         finally:
@@ -268,11 +270,23 @@ class Clone:
 class _Call:
     """The answer to one request, and the clock that interrupts and then kills."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pidfd: int, timeout: float, grace: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, pid: int, pidfd: int, timeout: float, grace: float) -> None:
         self.answer: asyncio.Future[tuple[bool | None, str]] = loop.create_future()
-        self._loop, self._pidfd, self._timeout, self._grace = loop, pidfd, timeout, grace
-        self._interrupted = False
+        self._loop, self._pid, self._pidfd, self._timeout, self._grace = loop, pid, pidfd, timeout, grace
+        self._interrupted = self._yields = False
         self._timer = loop.call_later(timeout, self._interrupt)
+        self._patience = loop.call_later(PATIENCE_SECONDS, self._yield)
+
+    def _yield(self) -> None:
+        """A long call gives way to short ones, and to whatever else runs on this machine."""
+        self._yields = self._set_niceness(19)
+
+    def _set_niceness(self, niceness: int) -> bool:
+        try:
+            os.setpriority(os.PRIO_PGRP, self._pid, niceness)  # a session is its own process group
+        except OSError:  # it has ended; or only root may take niceness back
+            return False
+        return True
 
     def _interrupt(self) -> None:
         self._interrupted = True
@@ -304,5 +318,8 @@ class _Call:
         self.lose(reason)
 
     def cancel(self) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._timer.cancel()
+        self._patience.cancel()
+        if self._yields:
+            self._set_niceness(0)

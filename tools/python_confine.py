@@ -22,8 +22,8 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_PIDFD = 0x10000000, 0x20000000,
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 AT_RECURSIVE, MNT_DETACH, O_PATH = 0x8000, 2, 0o10000000
-SYSTEM_FILES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo")
-SYSTEM_FILES += ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
+SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+SYSTEM_FILES = (*SYSTEM_LIBRARIES, "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 WORK = "/policy/files"  # where the session's own files are, in the private root
 
@@ -40,10 +40,10 @@ def check(result: int, what: str) -> int:
     return result
 
 
-def system_call(what: str, number: int, *arguments: "int | bytes | ctypes.Array | None") -> int:
+def system_call(what: str, number: int, *arguments: "int | bytes | None") -> int:
     """A system call by number; integers are passed as longs."""
     longs = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
-    return check(libc.syscall(ctypes.c_long(number), *longs), what)
+    return int(check(libc.syscall(ctypes.c_long(number), *longs), what))
 
 
 def enter_namespaces() -> None:
@@ -136,7 +136,7 @@ _HANDLED_BY_ABI = (1 << 13, 1 << 14, 1 << 15, 1 << 15, 1 << 16)  # bits below th
 
 def landlock_version() -> int:
     """Version of the kernel's Landlock; 0 where there is none."""
-    return max(0, libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1)))
+    return max(0, int(libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint(1))))
 
 
 def file_rules(readable: "Iterable[str]", writable: "Iterable[str]") -> int:

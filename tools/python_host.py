@@ -134,7 +134,8 @@ class ZygoteProcess:
     def _lose(self) -> None:
         self.ended = True
         self._loop.remove_reader(self._control)
-        for waiting in (*self._pending.values(), self._ready):
+        everyone: list[asyncio.Future[Any]] = [*self._pending.values(), self._ready]
+        for waiting in everyone:
             if not waiting.done():
                 waiting.set_exception(RuntimeError("the Python tool's zygote has ended; its error output says why"))
 

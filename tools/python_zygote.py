@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from typing import NoReturn
+from typing import Any, NoReturn
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last and only for this line: nothing can be shadowed
 import python_cell as cell  # type: ignore[import-not-found]
@@ -163,7 +163,8 @@ class Zygote:
     def clone(self) -> tuple[int, int]:
         """A process of its own, in namespaces of its own where the tier has them."""
         if self.settings.tier == "T2":
-            return confine.clone(confine.CLONE_NEWPID | confine.CLONE_NEWNS)
+            pid, pidfd = confine.clone(confine.CLONE_NEWPID | confine.CLONE_NEWNS)
+            return pid, pidfd
         pid = os.fork()
         return pid, os.pidfd_open(pid) if pid else -1
 
@@ -288,7 +289,7 @@ class Zygote:
         """Send one message to the tool."""
         socket.send_fds(self.control, [json.dumps(message).encode()], fds)
 
-    def receive(self) -> tuple[dict[str, object], list[int]]:
+    def receive(self) -> tuple[dict[str, Any], list[int]]:
         """The next message and the descriptors that came with it; empty where the tool has gone."""
         data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 4)
         return json.loads(data) if data else {}, fds

@@ -318,7 +318,7 @@ def test_random_numbers_differ_between_rollouts_and_repeat_for_one() -> None:
 
 def test_a_fork_has_its_own_variables_and_files_from_there_on() -> None:
     async def main() -> list[str]:
-        session = await tool_with(forkable=True).open("r")
+        session = await tool_with(forkable=True, timeout_seconds=0.5).open("r")
         found = [await session.call({"code": "x = [1]\nopen('f', 'w').write('1') and None"})]
         first = await session.fork()
         second = await first.fork()
