@@ -117,8 +117,17 @@ except Exception as error:
     libc = Missing(error)
 try:
     os.close(os.open(W["token"], os.O_CREAT | os.O_WRONLY))  # the same for its directory
-except OSError:
-    print("no file could be made")
+except OSError:  # no directory of its own: what names without a path make must not land in a folder of the host
+    os.environ["HOME"] = W["scratch"]
+    try:
+        os.chdir(W["scratch"])
+    except OSError as error:
+        try:
+            os.mkdir(W["scratch"] + "/probe")
+        except OSError:
+            pass  # a tier without any path: nothing can be made anywhere
+        else:
+            raise SystemExit(f"unsafe to try: no way into the scratch folder ({error})")
 
 def attempt(what, action, bad=lambda value: True):
     """Report what came of an action; `bad` says whether its result means that the attack achieved something."""
@@ -128,6 +137,19 @@ def attempt(what, action, bad=lambda value: True):
     except BaseException as error:
         word, shown = "denied", f"{error!r:.200}"
     print(f"{word} {what}: {shown}")
+
+def privileged(what, action):
+    """Report a call that asks for a right before it looks at its arguments: an error about those has got through."""
+    try:
+        value = action()
+    except OSError as error:
+        word = "denied" if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS) else "SUCCEEDED"
+        value = error
+    except BaseException as error:
+        word, value = "denied", error
+    else:
+        word = "SUCCEEDED"
+    print(f"{word} {what}: {value!r:.200}")
 
 def exhaust(what, step, *, allowed, size=1, times=4):
     """Call `step(number)` until it is refused; more than `allowed`, in units of `size` per step, is a success."""

@@ -98,7 +98,7 @@ FILES = (
         attempt("its compiled copy", lambda: os.open(os.__cached__, os.O_WRONLY))
         attempt("the program", lambda: os.open(sys.executable, os.O_WRONLY))
         attempt("libc", lambda: os.open("/lib/x86_64-linux-gnu/libc.so.6", os.O_WRONLY))
-        attempt("chmod", lambda: os.chmod(W["site"], 0o777))
+        attempt("chmod", lambda: os.chmod(W["site"], W["site_mode"]))  # to what it is
         """,
     ),
     files(
@@ -120,8 +120,8 @@ FILES = (
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         home = os.path.expanduser("~")
         for path in ("numpy.py", "json.py", "sitecustomize.py",
-                     f"{home}/.local/lib/{version}/site-packages/usercustomize.py", "/tmp/json.py",
-                     "/usr/lib/python3/dist-packages/rlsys_poison.py", f"{W['site']}/sitecustomize.py"):
+                     f"{home}/.local/lib/{version}/site-packages/usercustomize.py", f"/tmp/{W['token']}.py",
+                     f"{W['site']}/{W['token']}.py"):
             attempt(path, lambda: plant(path), bad=lambda _: False)
         sys.path.insert(0, os.getcwd())
         """,
@@ -144,8 +144,7 @@ FILES = (
                 f"node{kind}{major}{minor}\\0".encode(), kind | 0o666, major << 8 | minor),
                 bad=lambda _: kind != pipe)
         for path in ("/dev/sda", "/dev/vda", "/dev/kvm", "/dev/fuse", "/dev/net/tun", "/dev/loop-control",
-                     "/dev/nvidia0", "/dev/nvidiactl", "/dev/ptmx", "/dev/tty", "/dev/console", "/dev/hpet",
-                     "/dev/snapshot"):
+                     "/dev/nvidia0", "/dev/nvidiactl", "/dev/ptmx", "/dev/tty", "/dev/console"):
             attempt(path, lambda: os.open(path, os.O_RDWR))
         """,
     ),

@@ -33,8 +33,8 @@ KERNEL = (
         here = os.getcwd().encode() + b"\\0"
         attempt("tmpfs", lambda: system("mount", b"none\\0", here, b"tmpfs\\0", 0, 0))
         attempt("proc", lambda: system("mount", b"none\\0", here, b"proc\\0", 0, 0))
-        attempt("bind", lambda: system("mount", b"/\\0", here, 0, 4096 | 16384, 0))
-        attempt("remount for writing", lambda: system("mount", b"none\\0", b"/\\0", 0, 32 | 4096, 0))
+        attempt("bind", lambda: system("mount", here, here, 0, 4096, 0))  # on itself: no other folder may show up here
+        attempt("remount for writing", lambda: system("mount", b"none\\0", here, 0, 32 | 4096, 0))
         attempt("umount", lambda: system("umount2", here, 2))
         attempt("pivot_root", lambda: system("pivot_root", b".\\0", b".\\0"))
         """,
@@ -128,26 +128,26 @@ KERNEL = (
     kernel(
         "kernels and modules",
         """
-        attempt("kexec_load", lambda: system("kexec_load", 0, 0, 0, 0))
-        attempt("kexec_file_load", lambda: system("kexec_file_load", -1, -1, 0, 0, 0))
-        attempt("init_module", lambda: system("init_module", 0, 0, b"\\0"))
-        attempt("finit_module", lambda: system("finit_module", 0, b"\\0", 0))
+        privileged("kexec_load", lambda: system("kexec_load", 0, 0, 0, 0xFF))
+        privileged("kexec_file_load", lambda: system("kexec_file_load", -1, -1, 0, 0, 0xFF00))
+        privileged("init_module", lambda: system("init_module", 0, 0, b"\\0"))
+        privileged("finit_module", lambda: system("finit_module", 0, b"\\0", 0))
         """,
     ),
     kernel(
         "the machine's switches",
         """
-        attempt("reboot with a wrong word", lambda: system("reboot", 1, 2, 3, 0))
-        attempt("swapon", lambda: system("swapon", b"nothing\\0", 0))
+        privileged("reboot with a wrong word", lambda: system("reboot", 1, 2, 3, 0))
+        privileged("swapon", lambda: system("swapon", b"nothing\\0", 0))
         name = W["host_name"].encode()
         attempt("sethostname", lambda: system("sethostname", name, len(name)))
         attempt("setdomainname", lambda: system("setdomainname", b"", 0))
         attempt("settimeofday", lambda: system("settimeofday", 0, 0))
         attempt("clock_settime", lambda: time.clock_settime(0, time.time()))
-        attempt("acct", lambda: system("acct", b"nothing\\0"))
-        attempt("quotactl", lambda: system("quotactl", 0x80000100, 0, 0, 0))
-        attempt("iopl", lambda: system("iopl", 3))
-        attempt("ioperm", lambda: system("ioperm", 0, 1, 1))
+        privileged("acct", lambda: system("acct", b"nothing\\0"))
+        privileged("quotactl", lambda: system("quotactl", 0x80000100, 0, 0, 0))
+        privileged("iopl", lambda: system("iopl", 3))
+        privileged("ioperm", lambda: system("ioperm", 0, 1, 1))
         """,
     ),
     kernel(

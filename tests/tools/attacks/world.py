@@ -11,7 +11,6 @@ import ctypes
 import itertools
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -156,6 +155,8 @@ class World:
             "token": self.token,
             "process_name": f"x{self.token}",
             "folder": str(self.folder),
+            "scratch": str(self.folder / "scratch"),
+            "site_mode": Path(sysconfig.get_path("purelib")).stat().st_mode & 0o7777,
             "root": str(ROOT),
             "tools": str(TOOLS),
             "site": sysconfig.get_path("purelib"),
@@ -170,8 +171,11 @@ class World:
 
     def plant(self) -> None:
         """Write the host's files as they should be, and nothing else."""
-        for name in ("project", "home"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        sockets = set(self.canaries.addresses.values())
+        for path in self.folder.iterdir():
+            if str(path) not in sockets:
+                remove(path)
+        (self.folder / "scratch").mkdir()
         for name, path in self.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.secrets[name])
@@ -182,22 +186,26 @@ class World:
     def snapshot(self) -> dict[str, str]:
         """What can be seen of the host's files from outside: names, kinds, rights, links and contents."""
         found = {}
-        for path in (*self.folder.rglob("*"), self.files["temporary"]):
+        scratch = self.folder / "scratch"  # where attacks may make what they like; only that it is there counts
+        inside = (path for path in self.folder.rglob("*") if scratch not in path.parents and path != scratch)
+        for path in (*inside, self.files["temporary"]):
             status = path.lstat() if os.path.lexists(path) else None
             if status is None:
                 found[str(path)] = "missing"
             else:
                 content = path.read_text(errors="replace") if path.is_file() else ""
                 found[str(path)] = f"{status.st_mode:o} {status.st_nlink if path.is_file() else ''} {content}"
-        guarded = [Path(os.__file__), *TOOLS.glob("*.py")]
-        found |= {str(path): f"{path.stat().st_mtime_ns} {path.stat().st_size}" for path in guarded}
+        guarded = [Path(os.__file__), *TOOLS.glob("*.py"), *python_folders()]
+        for path in guarded:
+            status = path.stat()
+            found[str(path)] = f"{status.st_mode:o} {status.st_uid} {status.st_mtime_ns if path.is_file() else ''}"
         return found | dict.fromkeys(map(str, self.strangers()), "appeared")
 
     def strangers(self) -> Iterator[Path]:
         """Files that carry this world's token where none should."""
-        places = (ROOT, TOOLS, Path.home(), tempfile.gettempdir(), "/dev/shm", "/dev/mqueue", "/var/tmp")
-        python = (sysconfig.get_path(name) for name in ("purelib", "stdlib"))
-        found = itertools.chain.from_iterable(Path(place).glob(f"*{self.token}*") for place in (*places, *python))
+        places = ("/", ROOT, TOOLS, Path.home(), tempfile.gettempdir(), "/dev/shm", "/dev/mqueue", "/var/tmp")
+        named = (Path(place).glob(f"*{self.token}*") for place in {*map(Path, places), *python_folders()})
+        found = itertools.chain.from_iterable(named)
         return (path for path in found if path != self.files["temporary"])
 
     def evidence(self) -> list[str]:
@@ -212,10 +220,14 @@ class World:
         changed = [path for path in self.planted | now if self.planted.get(path) != now.get(path)]
         if changed:
             found += [f"a file of the host changed: {path}" for path in changed]
-            for path in self.strangers():
-                path.unlink()
+            for path in list(self.strangers()):
+                remove(path)
             self.plant()
             self.planted = self.snapshot()
+        else:
+            remove(self.folder / "scratch")
+            (self.folder / "scratch").mkdir()
+            (self.folder / "scratch").chmod(0o777)
         if socket.gethostname() != self.host_name:
             found.append("the host's name changed")
         return found + self.shared_memory()
@@ -235,8 +247,24 @@ class World:
             signal.signal(number, handler)
         self.witness.close()
         self.canaries.close()
-        shutil.rmtree(self.folder)
+        remove(self.folder)
         self.files["temporary"].unlink(missing_ok=True)
+
+
+def python_folders() -> set[Path]:
+    """Where this Python is installed."""
+    names = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib", "scripts")]
+    names += [sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))]
+    return {Path(name) for name in names if os.path.isdir(name)}
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, however deep it is and whatever rights it lacks; never across a mount."""
+    if path.is_dir() and not path.is_symlink():
+        subprocess.run(["chmod", "-R", "u+rwX", "--", str(path)], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", "--one-file-system", "--", str(path)], check=True)
+    else:
+        path.unlink()
 
 
 def state_of(pid: int) -> str:
