@@ -4,8 +4,8 @@
 
 Starts: the same snippet (numpy and sympy, printing a result) from nothing to its result. Ours: a session of the running
 tool, opened, called and closed. `bubblewrap`: `bwrap` with all namespaces, read-only libraries and a private folder,
-around a fresh Python. `subprocess`: a fresh Python without any isolation. `jupyter`: a fresh kernel, another product: it
-isolates nothing and brings a whole protocol; it is measured where `benchmarks/.venv-jupyter` exists.
+around a fresh Python. `subprocess`: a fresh Python without any isolation. `jupyter`: a fresh kernel, another product:
+it isolates nothing and brings a whole protocol; it is measured where `benchmarks/.venv-jupyter` exists.
 
 Calls: `x += 1; x` in a live session, against a cell of a Jupyter kernel.
 

@@ -13,6 +13,7 @@ away, however it ends, the zygote ends, and with it every session.
 """
 
 import dataclasses
+import fcntl
 import gc
 import importlib
 import json
@@ -209,17 +210,20 @@ class Zygote:
         control = passed[0]
         try:
             os.setsid()
-            nothing = os.open(os.devnull, os.O_RDWR)
-            for source, target in zip((*passed, nothing), (cell.CONTROL, cell.OUTPUT, cell.NOTHING), strict=True):
-                os.dup2(source, target, inheritable=False)
-            alive = os.dup2(self.alive, cell.NOTHING + 1, inheritable=False)
+            sources = [*passed, os.open(os.devnull, os.O_RDWR), self.alive, self.files]
+            places = (cell.CONTROL, cell.OUTPUT, cell.NOTHING, alive := cell.NOTHING + 1, files := cell.NOTHING + 2)
+            # First out of the way: with many sessions some of them stand at these places already.
+            apart = [fcntl.fcntl(fd, fcntl.F_DUPFD, files + 1) if fd >= 0 else fd for fd in sources]
+            for source, place in zip(apart, places, strict=True):
+                if source >= 0:
+                    os.dup2(source, place, inheritable=False)
             control = cell.CONTROL
             for fd in range(3):
                 os.dup2(cell.NOTHING, fd)
-            if self.files >= 0:
-                self.files = os.dup2(self.files, alive + 1, inheritable=False)
             os.closerange(3, cell.CONTROL)
-            os.closerange(alive + 2, 1 << 16)
+            os.closerange(files + 1, 1 << 16)
+            if self.files >= 0:
+                self.files = files
             listener = self.confine(number, alive)
             os.close(alive)
             if listener is not None:

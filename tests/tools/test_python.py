@@ -385,6 +385,51 @@ def test_a_killed_zygote_is_replaced_and_its_sessions_are_failures_of_the_tool()
     assert _runner.run(main()) == "42"
 
 
+def test_a_hundred_and_twenty_sessions_live_side_by_side() -> None:
+    # More than the zygote has low descriptors: the numbers that a session's own are moved to are taken by then.
+    async def main() -> list[str]:
+        tool = tool_with(max_sessions=120)
+        sessions = [await tool.open(str(index)) for index in range(120)]
+        for index, session in enumerate(sessions):
+            await session.call({"code": f"x = {index}"})
+        found = [(await session.call({"code": "x"})).text for session in sessions]
+        await asyncio.gather(*(session.close() for session in sessions))
+        return found
+
+    assert _runner.run(main()) == [str(index) for index in range(120)]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_calls_leave_nothing_behind() -> None:
+    def state(tool: PythonTool) -> tuple[int, int, int]:
+        """Descriptors and resident pages of this process and the zygote, and the zygote's children."""
+        assert tool._zygote is not None
+        pids = [os.getpid(), tool._zygote._process.pid]
+        descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return descriptors, pages, len(processes_of(tool._zygote._place))
+
+    async def main() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        tool = PythonTool(timeout_seconds=5.0)
+        for round_number in range(101):  # the first one warms up
+            if round_number == 1:
+                before = state(tool)
+            for number in range(10):
+                session = await tool.open(f"{round_number}-{number}")
+                for call in range(100):
+                    result = await session.call({"code": f"x = {call}\nx"})
+                    assert result.text == str(call)
+                await session.close()
+        after = state(tool)
+        await tool.close()
+        return before, after
+
+    before, after = asyncio.run(main())
+    assert after[0] == before[0]
+    assert after[1] - before[1] < 2048  # pages: 8 MiB
+    assert after[2] == before[2] == 1
+
+
 def test_no_more_sessions_live_at_once_than_allowed() -> None:
     async def main() -> list[str]:
         tool = tool_with(max_sessions=2)
