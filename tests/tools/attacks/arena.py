@@ -73,6 +73,8 @@ class Arena:
         self.tool = tool
         self.world = world
         self.count = 0
+        self.waited: dict[str, Verdict] = {}
+        """What `fight_side_by_side` found, for whoever asks for one attack at a time."""
 
     @classmethod
     async def open(cls, tier: Literal["T2", "T1", "T0"], world: World) -> Arena:
@@ -260,6 +262,6 @@ def measured_memory() -> tuple[float, ...]:
 async def soon(condition: Callable[[], bool]) -> bool:
     """Whether it became true within the slack."""
     end = time.monotonic() + SLACK_SECONDS
-    while not condition() and time.monotonic() < end:
+    while not (met := condition()) and time.monotonic() < end:
         await asyncio.sleep(0.01)
-    return condition()
+    return met

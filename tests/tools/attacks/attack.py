@@ -6,7 +6,7 @@ import json
 import platform
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 TIERS = ("T2", "T1", "T0")
@@ -23,9 +23,10 @@ class Attack:
     - `later`: a cell of a session that is opened after this one was closed; it looks for what the attack left.
     - `ran`: a pattern that the answers must match, because an attack that was never tried proves nothing.
     - `fails`: the last cell ends with an error, and must be reported so.
-    - `insider`: it speaks with the interpreter's own voice, because it has read the request's key in its frames or has
-      patched its loop. What it says of its own cells is then no success: it could as well have caught its errors.
-    - `succeeds_in`: the tiers that do not stop it.
+    - `insider`: it speaks with the interpreter's own voice, because it has read the request's key in its frames,
+      patched its loop or called `exit` in a later cell. What it says of its own cells is then no success: it could as
+      well have caught its errors.
+    - `succeeds_in`: the tiers that do not stop it. `depends_in`: those where it depends on the host.
     - `waits`: it uses up its time; such attacks run side by side.
     """
 
@@ -37,18 +38,20 @@ class Attack:
     insider: bool = False
     later: str = ""
     ran: str = TRIED
-    succeeds_in: frozenset[str] = field(default_factory=frozenset)
+    succeeds_in: frozenset[str] = frozenset()
+    depends_in: frozenset[str] = frozenset()
     waits: bool = False
 
 
-def attack(family: str, name: str, *cells: str, succeeds_in: str = "", **options: Any) -> Attack:
-    """An attack whose cells are written indented; `succeeds_in` is names of tiers separated by spaces."""
+def attack(family: str, name: str, *cells: str, succeeds_in: str = "", depends_in: str = "", **options: Any) -> Attack:
+    """An attack whose cells are written indented; tiers are names separated by spaces."""
     options["later"] = textwrap.dedent(options.get("later", ""))
     return Attack(
         name=name,
         family=family,
         cells=tuple(textwrap.dedent(cell) for cell in cells),
         succeeds_in=frozenset(succeeds_in.split()),
+        depends_in=frozenset(depends_in.split()),
         **options,
     )
 

@@ -182,6 +182,7 @@ PROCESSES = (
         exhaust("threads", start, allowed=W["max_threads"], times=20)
         """,
         imports="time _thread",
+        depends_in="T1 T0",  # no limit on processes binds root, or a user shared with other sessions
         ran=r"denied|SUCCEEDED",
     ),
     processes(

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from tests.tools.attacks.attack import attack
+from tests.tools.attacks.attack import LOST, TRIED, attack
 
-memory = partial(attack, "memory", ran=r"denied|SUCCEEDED|harmless")
+memory = partial(attack, "memory", ran=rf"{TRIED}|{LOST}")
 disk = partial(attack, "disk", ran=r"denied|SUCCEEDED|harmless")
 
 MEMORY = (

@@ -51,6 +51,8 @@ STATE = (
                 time.sleep(0.0001)
         _thread.start_new_thread(throw, ())
         """,
+        "import time\ntime.sleep(0.05)\nraise ValueError('true end')",
+        insider=True,
         imports="_thread time",
     ),
     state(
@@ -143,6 +145,8 @@ STATE = (
         signal.signal(signal.SIGALRM, forge)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         """,
+        "import time\ntime.sleep(0.05)\nraise ValueError('true end')",
+        insider=True,
         imports="signal",
     ),
     state(

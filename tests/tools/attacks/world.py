@@ -128,6 +128,7 @@ class World:
         self.token = secrets.token_hex(6)
         self.host_name = socket.gethostname()
         self.folder = Path(tempfile.mkdtemp(prefix="rlsys-world-"))
+        self.scratch = self.folder / "scratch"
         names = ("project", "key", "answers", "temporary", "environment", "witness", "other", "request")
         self.secrets = {name: f"secret-{name}-{secrets.token_hex(8)}" for name in names}
         self.files = {
@@ -155,7 +156,7 @@ class World:
             "token": self.token,
             "process_name": f"x{self.token}",
             "folder": str(self.folder),
-            "scratch": str(self.folder / "scratch"),
+            "scratch": str(self.scratch),
             "site_mode": Path(sysconfig.get_path("purelib")).stat().st_mode & 0o7777,
             "root": str(ROOT),
             "tools": str(TOOLS),
@@ -175,20 +176,18 @@ class World:
         for path in self.folder.iterdir():
             if str(path) not in sockets:
                 remove(path)
-        (self.folder / "scratch").mkdir()
+        self.scratch.mkdir()
         for name, path in self.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.secrets[name])
             path.chmod(0o666)
-        for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+        for folder in (self.folder, self.scratch, *(path for path in self.inside() if path.is_dir())):
             folder.chmod(0o777)
 
     def snapshot(self) -> dict[str, str]:
         """What can be seen of the host's files from outside: names, kinds, rights, links and contents."""
         found = {}
-        scratch = self.folder / "scratch"  # where attacks may make what they like; only that it is there counts
-        inside = (path for path in self.folder.rglob("*") if scratch not in path.parents and path != scratch)
-        for path in (*inside, self.files["temporary"]):
+        for path in (*self.inside(), self.files["temporary"]):
             status = path.lstat() if os.path.lexists(path) else None
             if status is None:
                 found[str(path)] = "missing"
@@ -200,6 +199,13 @@ class World:
             status = path.stat()
             found[str(path)] = f"{status.st_mode:o} {status.st_uid} {status.st_mtime_ns if path.is_file() else ''}"
         return found | dict.fromkeys(map(str, self.strangers()), "appeared")
+
+    def inside(self) -> Iterator[Path]:
+        """What is in the folder, but for `scratch`, where attacks may make what they like."""
+        for folder, folders, files in os.walk(self.folder):
+            if Path(folder) == self.folder:
+                folders.remove("scratch")
+            yield from (Path(folder, name) for name in (*folders, *files))
 
     def strangers(self) -> Iterator[Path]:
         """Files that carry this world's token where none should."""
@@ -224,10 +230,10 @@ class World:
                 remove(path)
             self.plant()
             self.planted = self.snapshot()
-        else:
-            remove(self.folder / "scratch")
-            (self.folder / "scratch").mkdir()
-            (self.folder / "scratch").chmod(0o777)
+        elif any(self.scratch.iterdir()):
+            remove(self.scratch)
+            self.scratch.mkdir()
+            self.scratch.chmod(0o777)
         if socket.gethostname() != self.host_name:
             found.append("the host's name changed")
         return found + self.shared_memory()
@@ -286,14 +292,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def marked_processes(name: str) -> list[int]:
-    """Ids of processes whose name (see `prctl` in the prelude) or command line shows that an attack started them."""
+    """Ids of processes with the name that every attack takes (see the prelude), and that its forks inherit."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                marks = (entry / "comm").read_text().strip(), (entry / "cmdline").read_text()
-                if marks[0] == name or name in marks[1]:
-                    found.append(int(entry.name))
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{entry}/comm") as file:
+                if file.read().strip() == name:
+                    found.append(int(entry))
     return found
 
 
