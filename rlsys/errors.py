@@ -28,6 +28,10 @@ class ActorError(RlsysError):
     """An actor died, hung past its deadline, or raised; the message names the actor and the cause."""
 
 
+class ToolError(RlsysError):
+    """A tool cannot work: its server is gone, broken or set up wrongly. The rollout is dropped and counted."""
+
+
 class WeightSyncError(RlsysError):
     """An engine does not hold the weights that the learner sent; the message names the engine and the tensor."""
 
