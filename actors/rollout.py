@@ -7,7 +7,7 @@ from collections import Counter
 
 from rlsys.chat import Chat
 from rlsys.config import Config, SamplingConfig
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.function_tool import build_tool
 from rlsys.plugins import build
 from rlsys.rollout import RewardFailedError, RewardTerm, run_rollout
@@ -71,7 +71,7 @@ class RolloutActor:
                 dropped["prompt_too_long"] += 1
             elif isinstance(attempt, RewardFailedError):
                 dropped[f"reward_error: {attempt}"] += 1
-            elif isinstance(attempt, ToolFailedError):
+            elif isinstance(attempt, ToolError):
                 dropped[f"tool_error: {attempt}"] += 1
             elif isinstance(attempt, BaseException):
                 raise attempt

@@ -21,7 +21,7 @@ from pydantic_core import SchemaError, to_json
 
 from rlsys.arguments import wrong_arguments
 from rlsys.config import PlugIn
-from rlsys.errors import ConfigError, ToolFailedError
+from rlsys.errors import ConfigError, ToolError
 from rlsys.interfaces import Tool, ToolResult
 from rlsys.plugins import build, check_options, resolve
 
@@ -80,9 +80,9 @@ class FunctionTool:
 
     A text that it returns is shown as it is, None as nothing, anything else as JSON; it may also return a `ToolResult`.
     Arguments that do not fit, an exception and a call longer than `timeout_seconds` become a text with `ok=False`; a
-    `ToolFailedError` is raised on and ends the rollout, for what is not the policy's doing, such as a database that is gone.
+    `ToolError` is raised on and ends the rollout, for what is not the policy's doing, such as a database that is gone.
     A sync function runs in a thread of its own; one that is too late cannot be ended and runs on unheeded, and when 64
-    of them do, calls raise `ToolFailedError`. There is one function for all rollouts: state that must not be shared wants a
+    of them do, calls raise `ToolError`. There is one function for all rollouts: state that must not be shared wants a
     class with `open`.
     """
 
@@ -129,7 +129,7 @@ class FunctionTool:
         if not done:
             return ToolResult(text=f"{self.name} did not return within {self.timeout_seconds:g} s", ok=False)
         raised, value = task.result()
-        if isinstance(raised, ToolFailedError):
+        if isinstance(raised, ToolError):
             raise raised
         if raised is not None:
             return ToolResult(text=f"{type(raised).__name__}: {raised}", ok=False)
@@ -149,7 +149,7 @@ class FunctionTool:
         """Run the function in a thread of its own: those of a pool would all be taken once enough of them hang."""
         self._late = [thread for thread in self._late if thread.is_alive()]
         if len(self._late) >= MAX_LATE_THREADS:
-            raise ToolFailedError(f"{len(self._late)} calls of the tool {self.name!r} hang; see why it does not return")
+            raise ToolError(f"{len(self._late)} calls of the tool {self.name!r} hang; see why it does not return")
         loop = asyncio.get_running_loop()
         returned: asyncio.Future[_Outcome] = loop.create_future()
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools.output import Output
 
@@ -40,7 +40,7 @@ class McpTool:
     server. A server over HTTP that keeps its state for all alike mixes the rollouts, and nothing here can prevent that.
 
     The server's complaints and a call longer than `timeout_seconds` are text with `ok=False`. A server that does not
-    start or connect within `start_seconds`, dies, or breaks the protocol raises `ToolFailedError`, which ends the rollout.
+    start or connect within `start_seconds`, dies, or breaks the protocol raises `ToolError`, which ends the rollout.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class McpTool:
         return f"the MCP server {self.url or ' '.join(self.command or ())!r}"
 
     async def start(self) -> None:
-        """Ask the server for the tool's description and schema; ToolFailedError where it has no such tool."""
+        """Ask the server for the tool's description and schema; ToolError where it has no such tool."""
         connection = _Connection(self)
         try:
             client = await connection.opened()
@@ -96,13 +96,11 @@ class McpTool:
                     if not cursor:
                         break
         except TimeoutError:
-            raise ToolFailedError(f"{self.server} does not list its tools within {self.start_seconds:g} s") from None
+            raise ToolError(f"{self.server} does not list its tools within {self.start_seconds:g} s") from None
         finally:
             await connection.close()
         if self.tool not in known:
-            raise ToolFailedError(
-                f"{self.server} has no tool {self.tool!r}; it has {', '.join(sorted(known)) or 'none'}"
-            )
+            raise ToolError(f"{self.server} has no tool {self.tool!r}; it has {', '.join(sorted(known)) or 'none'}")
         self.description = known[self.tool].description or ""
         self.parameters = known[self.tool].input_schema
 
@@ -123,7 +121,7 @@ class McpSession:
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """Call the server's tool. What the policy did wrong is text with `ok=False`.
 
-        Raises ToolFailedError where the server cannot be used, RuntimeError after `close`.
+        Raises ToolError where the server cannot be used, RuntimeError after `close`.
         """
         start = time.monotonic()
         if self._closed:
@@ -189,7 +187,7 @@ class _Connection:
             if error.code == REQUEST_TIMEOUT:
                 return f"error: no answer within {seconds:g} s", False
             if error.code == CONNECTION_CLOSED:
-                raise ToolFailedError(f"{self.tool.server} ended during a call{self._last_words()}") from error
+                raise ToolError(f"{self.tool.server} ended during a call{self._last_words()}") from error
             return f"error: {error}", False
         return _as_text(result), not result.is_error
 
@@ -203,9 +201,9 @@ class _Connection:
         finally:
             waiting.cancel()
         if not self._task.done():
-            raise ToolFailedError(f"{self.tool.server} did not {verb} within {seconds:g} s{self._last_words()}")
+            raise ToolError(f"{self.tool.server} did not {verb} within {seconds:g} s{self._last_words()}")
         error = self._task.exception()
-        raise ToolFailedError(f"{self.tool.server} is gone: {_first_cause(error)}{self._last_words()}") from error
+        raise ToolError(f"{self.tool.server} is gone: {_first_cause(error)}{self._last_words()}") from error
 
     def _last_words(self) -> str:
         """The end of what the server wrote to its standard error."""
@@ -233,7 +231,7 @@ def _require_library() -> None:
     try:
         from mcp import Client  # noqa: F401
     except ImportError as error:
-        raise ToolFailedError(
+        raise ToolError(
             f'an MCP tool needs the package `mcp`, version 2: pip install "rlsys[mcp]" ({error})'
         ) from error
 

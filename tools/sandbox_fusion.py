@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools.python import MAX_CODE_CHARACTERS, PythonTool
 
@@ -29,7 +29,7 @@ class SandboxFusionTool:
     are those of `PythonTool`. `memory_mb` is passed on (None: the server's own limit). `server_seconds` is what the
     server gets for queueing and starting, on top of the code's own time. A request that fails for the server's reasons
     (no connection, no answer in time, 429, 5xx, status `SandboxError`) is sent up to `max_attempts` times in all, first
-    after `retry_seconds`, then after twice as long each time; then the call raises `ToolFailedError`, which ends the rollout.
+    after `retry_seconds`, then after twice as long each time; then the call raises `ToolError`, which ends the rollout.
 
     State. The server forgets everything between requests, so a session keeps the code of its earlier calls and each
     call runs them all again, unseen, before the new one. What follows from that:
@@ -83,16 +83,14 @@ class SandboxFusionTool:
         self.retry_seconds = retry_seconds
 
     async def start(self) -> None:
-        """Try the server; ToolFailedError where it does not run Python."""
+        """Try the server; ToolError where it does not run Python."""
         session = await self.open("start")
         try:
             result = await session.call({"code": "1 + 1"})
         finally:
             await session.close()
         if result.text != "2":
-            raise ToolFailedError(
-                f"the sandbox at {self.url} answers `1 + 1` with {result.text[:MAX_REASON_CHARACTERS]!r}"
-            )
+            raise ToolError(f"the sandbox at {self.url} answers `1 + 1` with {result.text[:MAX_REASON_CHARACTERS]!r}")
 
     async def open(self, rollout_id: str) -> SandboxFusionSession:
         """Begin a rollout's session; nothing is sent before its first call."""
@@ -114,7 +112,7 @@ class SandboxFusionSession:
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """Run `arguments["code"]`. What the policy did wrong is text with `ok=False`.
 
-        Raises ToolFailedError where the server cannot be used, RuntimeError after `close`.
+        Raises ToolError where the server cannot be used, RuntimeError after `close`.
         """
         start = time.monotonic()
         async with self._turn:
@@ -183,8 +181,8 @@ class SandboxFusionSession:
                     return run_result
                 reason = f"HTTP {status}: {text[:MAX_REASON_CHARACTERS]}"
                 if 400 <= status < 500 and status != 429:
-                    raise ToolFailedError(f"{url} refuses the request, is it SandboxFusion's root? {reason}")
-        raise ToolFailedError(
+                    raise ToolError(f"{url} refuses the request, is it SandboxFusion's root? {reason}")
+        raise ToolError(
             f"{url} failed {self.tool.max_attempts} times, see that the sandbox server runs; last: {reason}"
         )
 

@@ -14,7 +14,7 @@ from rlsys import function_tool
 from rlsys.actors.rollout import RolloutActor
 from rlsys.chat import Chat
 from rlsys.config_file import load_config
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.scratch import byte_tokenizer
 from rlsys.types import Completion, Problem, RolloutGroup
 
@@ -34,7 +34,7 @@ TOKENIZER = byte_tokenizer()
 def look_up(word: str) -> str:
     """Looks up a word."""
     if word == "gone":
-        raise ToolFailedError("the dictionary is gone")
+        raise ToolError("the dictionary is gone")
     return f"about {word}"
 
 

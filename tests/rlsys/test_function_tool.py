@@ -19,7 +19,7 @@ from pydantic import Field
 from rlsys import function_tool
 from rlsys.chat import Chat
 from rlsys.config import PlugIn
-from rlsys.errors import ConfigError, ToolFailedError
+from rlsys.errors import ConfigError, ToolError
 from rlsys.function_tool import FunctionTool, build_tool, check_tool
 from rlsys.interfaces import ToolResult
 from rlsys.scratch import byte_tokenizer
@@ -338,9 +338,9 @@ def test_an_exception_of_the_function_is_text_for_the_policy(function: Any, how:
 def test_a_tool_error_of_the_function_ends_the_rollout() -> None:
     def look_up(word: str) -> str:
         """Looks a word up."""
-        raise ToolFailedError(f"the dictionary is gone, no {word}")
+        raise ToolError(f"the dictionary is gone, no {word}")
 
-    with pytest.raises(ToolFailedError, match="the dictionary is gone, no x"):
+    with pytest.raises(ToolError, match="the dictionary is gone, no x"):
         call(look_up, {"word": "x"})
 
 
@@ -384,7 +384,7 @@ def test_a_function_that_always_hangs_ends_rollouts_instead_of_filling_the_proce
         tool = FunctionTool(hang, timeout_seconds=0.05)
         await tool.call({})
         await tool.call({})
-        with pytest.raises(ToolFailedError, match="2 calls of the tool 'hang' hang"):
+        with pytest.raises(ToolError, match="2 calls of the tool 'hang' hang"):
             await tool.call({})
         released.set()
         end = time.monotonic() + 30

@@ -7,7 +7,7 @@ import threading
 import time
 
 from mcp.server.mcpserver import Image, MCPServer
-from mcp.server.mcpserver.exceptions import ToolFailedError
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import EmbeddedResource, TextContent, TextResourceContents
 
 server = MCPServer("tests", log_level="WARNING")
@@ -31,7 +31,7 @@ def process() -> str:
 @server.tool()
 def fail() -> str:
     """Fails."""
-    raise ToolFailedError("this always fails")
+    raise ToolError("this always fails")
 
 
 @server.tool()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools.mcp import McpTool
 
@@ -96,7 +96,7 @@ def test_description_and_schema_are_the_servers() -> None:
 
 
 def test_a_tool_that_the_server_does_not_have_is_named_with_those_it_has() -> None:
-    with pytest.raises(ToolFailedError, match=r"mcp_server\.py' has no tool 'subtract'; it has add, block, die"):
+    with pytest.raises(ToolError, match=r"mcp_server\.py' has no tool 'subtract'; it has add, block, die"):
         asyncio.run(tool("subtract").start())
 
 
@@ -177,15 +177,15 @@ def test_a_call_that_takes_too_long_is_text_and_the_next_one_works(shared: Rollo
 
 
 def test_a_server_that_dies_in_a_call_raises_and_says_its_last_words(rollout: Rollout) -> None:
-    with pytest.raises(ToolFailedError, match=r"mcp_server\.py' ended during a call; it wrote: the last words"):
+    with pytest.raises(ToolError, match=r"mcp_server\.py' ended during a call; it wrote: the last words"):
         rollout.call("die")
-    with pytest.raises(ToolFailedError, match=r"mcp_server\.py'"):
+    with pytest.raises(ToolError, match=r"mcp_server\.py'"):
         rollout.call("add", {"number": 1})
 
 
 def test_a_server_that_is_killed_between_two_calls_raises(rollout: Rollout) -> None:
     os.kill(int(rollout.call("process").text), signal.SIGKILL)
-    with pytest.raises(ToolFailedError, match=r"mcp_server\.py'"):
+    with pytest.raises(ToolError, match=r"mcp_server\.py'"):
         rollout.call("add", {"number": 1})
 
 
@@ -206,20 +206,20 @@ def test_a_server_that_hangs_is_text_and_killed_with_its_session(rollout: Rollou
     ],
 )
 def test_a_server_that_does_not_start_is_named_with_the_reason(command: list[str], says: str) -> None:
-    with pytest.raises(ToolFailedError, match=says) as caught:
+    with pytest.raises(ToolError, match=says) as caught:
         asyncio.run(tool("add", command=command).start())
     assert command[0] in str(caught.value)
 
 
 def test_a_server_that_never_answers_is_given_up_in_time() -> None:
     silent = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-    with pytest.raises(ToolFailedError, match=r"within|timed out"):
+    with pytest.raises(ToolError, match=r"within|timed out"):
         asyncio.run(tool("add", command=silent, start_seconds=0.6).start())
 
 
 def test_an_address_where_nobody_listens_is_named() -> None:
     made = McpTool(tool="add", url="http://127.0.0.1:9/mcp")
-    with pytest.raises(ToolFailedError, match=r"MCP server 'http://127\.0\.0\.1:9/mcp' is gone: .*Connect"):
+    with pytest.raises(ToolError, match=r"MCP server 'http://127\.0\.0\.1:9/mcp' is gone: .*Connect"):
         asyncio.run(made.start())
 
 
@@ -237,7 +237,7 @@ def test_a_server_over_http_is_called_alike() -> None:
             opened = Rollout(runner, made)
             assert [opened.call("add", {"number": number}).text for number in (1, 2)] == ["1", "3"]
             assert not opened.call("fail").ok
-            with pytest.raises(ToolFailedError, match=f"http://127.0.0.1:{port}/mcp"):
+            with pytest.raises(ToolError, match=f"http://127.0.0.1:{port}/mcp"):
                 opened.call("die")
             opened.close()
         assert process.wait(timeout=10) == 3
@@ -269,5 +269,5 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_mcp)
-    with pytest.raises(ToolFailedError, match=r'pip install "rlsys\[mcp\]"'):
+    with pytest.raises(ToolError, match=r'pip install "rlsys\[mcp\]"'):
         tool("add")

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools import sandbox_fusion
 from rlsys.tools.sandbox_fusion import SandboxFusionTool
@@ -92,7 +92,7 @@ async def one_call(tool: SandboxFusionTool) -> ToolResult:
 
 
 async def failing_call(tool: SandboxFusionTool) -> str:
-    with pytest.raises(ToolFailedError) as caught:
+    with pytest.raises(ToolError) as caught:
         await one_call(tool)
     return str(caught.value)
 
@@ -141,7 +141,7 @@ def test_a_server_that_runs_python_passes_the_start_and_others_are_told(sandbox_
     asyncio.run(SandboxFusionTool(url=sandbox_url + "/").start())
 
     async def use(tool: SandboxFusionTool) -> str:
-        with pytest.raises(ToolFailedError) as caught:
+        with pytest.raises(ToolError) as caught:
             await tool.start()
         return str(caught.value)
 
@@ -197,7 +197,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
     async def main() -> None:
         async with TestServer(web.Application()) as server:
             url = str(server.make_url("/")).rstrip("/")
-        with pytest.raises(ToolFailedError, match=f"{url}/run_code failed 2 times.*Connect"):
+        with pytest.raises(ToolError, match=f"{url}/run_code failed 2 times.*Connect"):
             await one_call(SandboxFusionTool(url=url, max_attempts=2, retry_seconds=0.001))
 
     asyncio.run(main())
