@@ -7,6 +7,8 @@ from collections import Counter
 
 from rlsys.chat import Chat
 from rlsys.config import Config, SamplingConfig
+from rlsys.errors import ToolError
+from rlsys.function_tool import build_tool
 from rlsys.plugins import build
 from rlsys.rollout import RewardFailedError, RewardTerm, run_rollout
 from rlsys.types import Problem, RolloutGroup
@@ -28,14 +30,15 @@ class RolloutActor:
             )
             for position, reward in enumerate(config.rewards)
         ]
-        self._tools = [build(tool.use, tool.options, place=f"tools.{i}") for i, tool in enumerate(config.tools)]
-        self._chat = Chat.load(model_path, self._tools, config.chat)
+        self._tools = [build_tool(tool, place=f"tools.{position}") for position, tool in enumerate(config.tools)]
 
     async def start(self) -> str:
         """Start plug-ins and engine; returns the name of the engine's weight transfer back end."""
         for plug_in in (*(term.reward for term in self._rewards), *self._tools):
             if (start := getattr(plug_in, "start", None)) is not None:
                 await start()
+        # Now, because a tool may learn from its server what it is called with.
+        self._chat = Chat.load(self._model_path, self._tools, self._config.chat)
         from rlsys.actors.engine import VllmEngine
 
         self._engine = VllmEngine(
@@ -68,6 +71,8 @@ class RolloutActor:
                 dropped["prompt_too_long"] += 1
             elif isinstance(attempt, RewardFailedError):
                 dropped[f"reward_error: {attempt}"] += 1
+            elif isinstance(attempt, ToolError):
+                dropped[f"tool_error: {attempt}"] += 1
             elif isinstance(attempt, BaseException):
                 raise attempt
             else:

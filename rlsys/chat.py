@@ -2,17 +2,20 @@
 
 Two ways of calling a tool are understood. *fenced*: a ```python block inside the answer, its output pasted behind it
 (STILL-3, arXiv 2503.04548). *template*: `<tool_call>` JSON at the end of a turn, tools and results rendered by the
-model's own chat template. A call that cannot be understood is answered with a text that says so; it never raises.
+model's own chat template; OpenAI's forms of it are understood as well. A call that cannot be understood, or whose
+arguments do not fit the tool's schema, is answered with a text that says so; it never raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.arguments import ArgumentChecker
 from rlsys.config import ChatConfig
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Tool, ToolResult
@@ -21,6 +24,8 @@ from rlsys.types import Problem
 _FENCE_CLOSE = "\n```\n"
 _FENCED_CODE = re.compile(r"```python\n(?P<code>(?:(?!```).)*)\n```\n?\Z", re.DOTALL)
 _TEMPLATE_CALL = re.compile(r"<tool_call>(?P<body>.*?)</tool_call>", re.DOTALL)
+_OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
+_SHAPE = '{"name": ..., "arguments": {...}}'
 _TURN_MARK, _RESULT_MARK = "ASSISTANT-TURN-MARK", "TOOL-RESULT-MARK"
 
 
@@ -67,7 +72,15 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.tools = {tool.name: tool for tool in tools}
+        if len(self.tools) < len(tools):
+            raise ConfigError(f"tools: the names {[tool.name for tool in tools]} must differ")
+        self._checkers = {tool.name: ArgumentChecker(tool.name, tool.parameters) for tool in tools}
         self._fenced = tool_format == "fenced"
+        if self._fenced and tools and list(self.tools) != ["python"]:
+            raise ConfigError(
+                f"chat.tool_format=fenced calls one tool, `python`, but tools has {', '.join(self.tools)}; "
+                "use chat.tool_format=template"
+            )
         self._template_options = dict(template_options or {})
         if tools and not self._fenced and _RESULT_MARK not in self._text_after_turn([_RESULT_MARK]):
             raise ConfigError(
@@ -113,7 +126,11 @@ class Chat:
             return [] if match is None else [self._checked("python", {"code": match["code"]})]
         if not turn_ended:
             return []
-        return [self._parse_json(match["body"]) for match in _TEMPLATE_CALL.finditer(text)]
+        calls = [self._parse_json(match["body"]) for match in _TEMPLATE_CALL.finditer(text)]
+        if _OPEN_CALL in text.rpartition(_CLOSE_CALL)[2]:
+            error = f"The tool call is not closed. Write {_OPEN_CALL}{_SHAPE}{_CLOSE_CALL}."
+            calls.append(ToolCall(name="", arguments={}, error=error))
+        return calls
 
     def render_results(self, results: Sequence[ToolResult]) -> list[int]:
         """Token ids to append after a call, so that the policy reads the results and goes on."""
@@ -133,19 +150,23 @@ class Chat:
         if name not in self.tools:
             known = ", ".join(self.tools)
             return ToolCall(name=name, arguments=arguments, error=f"There is no tool {name!r}. Tools: {known}.")
-        return ToolCall(name=name, arguments=arguments)
+        return ToolCall(name=name, arguments=arguments, error=self._checkers[name].complaint(arguments))
 
     def _parse_json(self, body: str) -> ToolCall:
-        shape = '{"name": ..., "arguments": {...}}'
         try:
             call = json.loads(body)
         except (ValueError, RecursionError) as error:
-            return ToolCall(name="", arguments={}, error=f"The tool call is not valid JSON ({error}). Write {shape}.")
+            return ToolCall(name="", arguments={}, error=f"The tool call is not valid JSON ({error}). Write {_SHAPE}.")
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):  # wrapped, as OpenAI's interface does it
+            call = call["function"]
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return ToolCall(name="", arguments={}, error=f"The tool call has no name. Write {shape}.")
+            return ToolCall(name="", arguments={}, error=f"The tool call has no name. Write {_SHAPE}.")
         arguments = call.get("arguments", {})
+        if isinstance(arguments, str):  # JSON within JSON, as OpenAI's interface does it
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
         if not isinstance(arguments, dict):
-            return ToolCall(name=call["name"], arguments={}, error=f"`arguments` must be an object. Write {shape}.")
+            return ToolCall(name=call["name"], arguments={}, error=f"`arguments` must be an object. Write {_SHAPE}.")
         return self._checked(call["name"], arguments)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:

@@ -36,5 +36,5 @@ class TrainingStalledError(RlsysError):
     """Training cannot go on: there is nothing to learn from, or no finite gradient."""
 
 
-class ToolFailedError(RlsysError):
-    """A tool could not answer, by no fault of the policy: the rollout is dropped and counted, never trained."""
+class ToolError(RlsysError):
+    """A tool cannot answer, by no fault of the policy: its rollout is dropped and counted, never trained."""

@@ -53,7 +53,10 @@ class Session(Protocol):
 
 
 class Tool(Protocol):
-    """Something the policy may call. `parameters` is a JSON schema, as in OpenAI tool calling."""
+    """Something the policy may call. `parameters` is a JSON schema, as in OpenAI tool calling.
+
+    A plain typed function with a docstring is accepted in its place (`rlsys.function_tool`).
+    """
 
     name: str
     description: str

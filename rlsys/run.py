@@ -16,6 +16,7 @@ from rlsys.config import Config
 from rlsys.console import Console
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.fleet import learner_demand, rollout_demand
+from rlsys.function_tool import check_tool
 from rlsys.plugins import check_options, resolve
 from rlsys.records import RunDirectory
 from rlsys.report import plot_curves
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
         if isinstance(target, type) or reward.options:
             check_options(target, reward.options, place=f"rewards.{index}")
     for index, tool in enumerate(config.tools):
-        check_options(resolve(tool.use, place=f"tools.{index}.use"), tool.options, place=f"tools.{index}")
+        check_tool(tool, place=f"tools.{index}")
     if config.chat.tool_format == "fenced" and len(config.tools) > 1:
         raise ConfigError("chat.tool_format=fenced knows one tool, python; use chat.tool_format=template for several")
     for name in ("train", "held_out"):

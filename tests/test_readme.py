@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from benchmarks.algorithms import algorithms
+from rlsys.config import PlugIn
 from rlsys.config_file import load_config
+from rlsys.function_tool import build_tool
 from rlsys.interfaces import ToolResult
 from rlsys.plugins import resolve
 from rlsys.rollout import RewardTerm
@@ -50,6 +54,21 @@ def test_the_reward_of_the_readme_grades_a_rollout_in_at_most_12_lines() -> None
     assert graded(r"\boxed{5}") == 1.0
     assert graded(r"\boxed{5}" + "." * 11) == 1.0 - 0.001 * 10
     assert graded(r"\boxed{6}") == 0.0
+
+
+def test_the_function_of_the_readme_is_a_tool_in_at_most_12_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, text = module_of("function")
+    assert lines_of_code(text) <= 12
+    monkeypatch.setitem(sys.modules, "my_tools", module)
+    tool = build_tool(PlugIn(use="my_tools:convert"), place="tools.0")
+
+    async def call(arguments: dict[str, Any]) -> ToolResult:
+        session = await tool.open("r")
+        return await session.call(arguments)
+
+    assert tool.parameters["required"] == ["amount"]
+    assert asyncio.run(call({"amount": 2})).text == "2000.0"
+    assert "amount" in asyncio.run(call({"amount": "far"})).text
 
 
 def test_the_tool_of_the_readme_answers_in_at_most_12_lines() -> None:

@@ -1,6 +1,7 @@
-"""What a tool shows the policy of a long output."""
+"""Output of untrusted code as text of bounded size, cut in the middle while it is read.
 
-from __future__ import annotations
+Imports nothing, because it is also loaded and sent by itself, as a part of programs that run apart from rlsys.
+"""
 
 
 class Output:

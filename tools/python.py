@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools.output import Output
 from rlsys.tools.python_clone import Clone
@@ -185,7 +185,7 @@ class PythonSession:
         """Run `arguments["code"]`. What the policy did wrong is text with `ok=False`.
 
         Raises RuntimeError where the host cannot run the tool (the message names the fix) or after `close`, and
-        ToolFailedError where the interpreter was lost by no fault of its code.
+        ToolError where the interpreter was lost by no fault of its code.
         """
         start = time.monotonic()
         async with self._turn:
@@ -216,7 +216,7 @@ class PythonSession:
             innocent = not self._clone.zygote.usable() or self._clone.lost_with_its_original
             status = await self._drop()
             if innocent:
-                raise ToolFailedError(f"the Python interpreter of rollout {self.rollout_id!r} ended with its parent")
+                raise ToolError(f"the Python interpreter of rollout {self.rollout_id!r} ended with its parent")
             how = "" if status is None else f" with exit status {status}" if status >= 0 else f" (signal {-status})"
             note = f"[{note}{how}; its variables are lost]"
         shown = "\n".join(filter(None, (output.text().removesuffix("\n"), note)))
@@ -228,7 +228,7 @@ class PythonSession:
             async with asyncio.timeout(WAIT_SECONDS):
                 await self.tool._places.acquire()
         except TimeoutError:
-            raise ToolFailedError(f"no place for another Python session within {WAIT_SECONDS:g} s") from None
+            raise ToolError(f"no place for another Python session within {WAIT_SECONDS:g} s") from None
         try:
             zygote = await self._zygote()
             seed = hashlib.sha256(self.rollout_id.encode("utf-8", "replace")).hexdigest()

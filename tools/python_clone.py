@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from typing import Any
 
 from rlsys.tools.output import Output
@@ -20,7 +21,8 @@ MAX_READS_BEHIND = 32  # of output, once the answer is there: a thread of the co
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, call, architecture, ip, arguments
 _RECEIVE, _ANSWER, _CONTINUE, _EPERM = 0xC0502100, 0xC0182101, 1, 1
 _MAX_DENIED_FORKS = 1000
-PATIENCE_SECONDS = 0.2
+PATIENCE_SECONDS = 0.1  # of CPU that a call may use before it gives way
+NICENESS = 10
 
 
 class ForkGate:
@@ -275,11 +277,23 @@ class _Call:
         self._loop, self._pid, self._pidfd, self._timeout, self._grace = loop, pid, pidfd, timeout, grace
         self._interrupted = self._yields = False
         self._timer = loop.call_later(timeout, self._interrupt)
+        self._used_before = self._cpu_seconds()
         self._patience = loop.call_later(PATIENCE_SECONDS, self._yield)
 
     def _yield(self) -> None:
-        """A long call gives way to short ones, and to whatever else runs on this machine."""
-        self._yields = self._set_niceness(19)
+        """A call that needs much gives way to short ones, and to whatever else runs on this machine."""
+        if self._cpu_seconds() - self._used_before >= PATIENCE_SECONDS:
+            self._yields = self._set_niceness(NICENESS)
+        else:
+            self._patience = self._loop.call_later(PATIENCE_SECONDS, self._yield)
+
+    def _cpu_seconds(self) -> float:
+        """What the interpreter has used so far; 0 where it has ended."""
+        clock = (~self._pid << 3) | 2  # CPUCLOCK_SCHED of that process, as clock_getcpuclockid(3) makes it
+        try:
+            return time.clock_gettime(clock)
+        except OSError:
+            return 0.0
 
     def _set_niceness(self, niceness: int) -> bool:
         try:

@@ -52,10 +52,10 @@ class Tool:
     """A tool that is never called here."""
 
     description = "runs"
-    parameters: Mapping[str, Any] = {"type": "object"}
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, parameters: Mapping[str, Any] | None = None) -> None:
         self.name = name
+        self.parameters: Mapping[str, Any] = {"type": "object"} if parameters is None else parameters
 
     async def open(self, rollout_id: str) -> Session:
         raise NotImplementedError(rollout_id)
@@ -65,10 +65,10 @@ def fenced(*names: str) -> Chat:
     return Chat(TOKENIZER, [Tool(name) for name in names or ("python",)])
 
 
-def hermes(*names: str, template: str = HERMES, **options: Any) -> Chat:
+def hermes(*given: Tool, template: str = HERMES, **options: Any) -> Chat:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template
-    tools = [Tool(name) for name in names or ("python", "search")]
+    tools = given or (Tool("python"), Tool("search"))
     return Chat(tokenizer, tools, tool_format="template", template_options=options)
 
 
@@ -170,9 +170,17 @@ def test_code_that_holds_a_fence_within_a_line_is_not_mistaken_for_other_code() 
     assert fenced().parse_calls('```python\nprint("```python")\n```\n', turn_ended=False) == []
 
 
-def test_a_call_of_python_where_there_is_none_names_the_tools_there_are() -> None:
-    (found,) = fenced("search", "calculator").parse_calls("```python\n1\n```\n", turn_ended=False)
-    assert found.error == "There is no tool 'python'. Tools: search, calculator."
+@pytest.mark.parametrize("names", [["search"], ["python", "search"]])
+def test_fenced_calls_are_refused_where_there_is_another_tool_than_python(names: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"calls one tool, `python`, but tools has .*search; use chat\.tool_format"):
+        fenced(*names)
+
+
+def test_a_block_without_the_argument_that_the_tool_wants_is_told_so() -> None:
+    chat = Chat(TOKENIZER, [Tool("python", {"type": "object", "properties": {"n": {}}, "required": ["n"]})])
+    (found,) = chat.parse_calls("```python\n1\n```\n", turn_ended=False)
+    assert found.error is not None
+    assert "'n' is a required property" in found.error
 
 
 def test_without_tools_nothing_is_a_call_and_nothing_stops_generation() -> None:
@@ -270,6 +278,107 @@ def test_a_call_that_cannot_be_understood_is_told_why(body: str, says: str) -> N
     assert says in found.error
     assert "There is no tool" in found.error or '{"name": ..., "arguments": {...}}' in found.error
     assert chat.render_results([ToolResult(text=found.error, ok=False)])
+
+
+SEARCH = Tool(
+    "search",
+    {
+        "type": "object",
+        "properties": {
+            "query": {"type": "string"},
+            "limit": {"type": "integer"},
+            "order": {"enum": ["new", "old"]},
+            "tags": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["query"],
+        "additionalProperties": False,
+    },
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "search", "arguments": {"query": "x", "limit": 3}}',
+        '{"name": "search", "arguments": "{\\"query\\": \\"x\\", \\"limit\\": 3}"}',
+        '{"id": "call_1", "type": "function", "function": {"name": "search", "arguments": "{\\"query\\": \\"x\\", '
+        '\\"limit\\": 3}"}}',
+        '{"function": {"name": "search", "arguments": {"query": "x", "limit": 3}}}',
+    ],
+)
+def test_openais_forms_of_a_call_are_understood(body: str) -> None:
+    chat = hermes(SEARCH)
+    assert chat.parse_calls(f"<tool_call>{body}</tool_call>", turn_ended=True) == [
+        ToolCall(name="search", arguments={"query": "x", "limit": 3})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("{}", "'query' is a required property"),
+        ('{"query": 3}', "query: 3 is not of type 'string'"),
+        ('{"query": "x", "limit": "three"}', "limit: 'three' is not of type 'integer'"),
+        ('{"query": "x", "tags": ["a", 1]}', "tags.1: 1 is not of type 'string'"),
+        ('{"query": "x", "order": "best"}', "order: 'best' is not one of ['new', 'old']"),
+        ('{"query": "x", "qurey": "y"}', "'qurey' was unexpected"),
+        ('"{}"', "'query' is a required property"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_schema_are_named_with_what_is_expected(arguments: str, says: str) -> None:
+    (found,) = hermes(SEARCH).parse_calls(
+        f'<tool_call>{{"name": "search", "arguments": {arguments}}}</tool_call>', turn_ended=True
+    )
+    assert found.error is not None
+    assert found.error.startswith("Wrong arguments for 'search': ")
+    assert says in found.error
+    assert found.error.endswith(
+        "Expected: query (string), limit (integer, optional), order (one of 'new', 'old', optional), "
+        "tags (array of string, optional)."
+    )
+
+
+def test_a_huge_wrong_argument_is_not_repeated_in_full() -> None:
+    body = '{"name": "search", "arguments": {"query": ["' + "x" * 100_000 + '"]}}'
+    (found,) = hermes(SEARCH).parse_calls(f"<tool_call>{body}</tool_call>", turn_ended=True)
+    assert found.error is not None
+    assert len(found.error) < 500
+    assert "is not of type 'string'" in found.error
+
+
+def test_a_call_that_is_not_closed_when_the_turn_ends_is_told_how_it_ends() -> None:
+    good = '<tool_call>{"name": "search", "arguments": {"query": "x"}}</tool_call>'
+    (found,) = hermes(SEARCH).parse_calls(good.removesuffix("</tool_call>"), turn_ended=True)
+    assert found.error is not None
+    assert "is not closed" in found.error
+    assert "</tool_call>" in found.error
+    first, second = hermes(SEARCH).parse_calls(good + "\n" + good.removesuffix("call>"), turn_ended=True)
+    assert (first.error, first.arguments) == (None, {"query": "x"})
+    assert "is not closed" in str(second.error)
+    assert hermes(SEARCH).parse_calls("<tool_call>", turn_ended=False) == []
+
+
+def test_of_several_calls_only_the_wrong_ones_are_refused() -> None:
+    bodies = ['{"name": "search", "arguments": {"query": "x"}}', "{", '{"name": "serach"}', '{"name": "search"}']
+    text = "".join(f"<tool_call>{body}</tool_call>" for body in bodies)
+    errors = [call.error for call in hermes(SEARCH).parse_calls(text, turn_ended=True)]
+    assert errors[0] is None
+    assert [part in str(error) for part, error in zip(("JSON", "no tool", "required"), errors[1:], strict=True)] == [
+        True
+    ] * 3
+
+
+def test_a_schema_that_refers_to_elsewhere_is_left_to_the_tool() -> None:
+    tool = Tool("search", {"type": "object", "properties": {"query": {"$ref": "http://localhost:9/schema.json"}}})
+    text = '<tool_call>{"name": "search", "arguments": {"query": 3}}</tool_call>'
+    assert hermes(tool).parse_calls(text, turn_ended=True)[0].error is None
+
+
+def test_tools_that_could_not_be_told_apart_and_schemas_that_are_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match="must differ"):
+        hermes(Tool("search"), Tool("search"))
+    with pytest.raises(ConfigError, match="'search' has `parameters` that are no JSON schema: 'objekt'"):
+        hermes(Tool("search", {"type": "objekt"}))
 
 
 @pytest.mark.parametrize("think", [False, True])

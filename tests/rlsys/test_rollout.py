@@ -259,7 +259,9 @@ def test_sessions_are_closed_where_the_rollout_is_cancelled() -> None:
 def test_a_call_of_a_tool_that_is_not_there_is_read_as_an_error() -> None:
     other = FakeTool()
     other.name = "search"
-    rollout = finished(run(FakeEngine(CALL, "sorry<|im_end|>"), tool=other))
+    call = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>'
+    engine = FakeEngine(f"{call}<|im_end|>", "sorry<|im_end|>")
+    rollout = finished(run(engine, tool=other, tool_format="template"))
     assert "There is no tool 'python'. Tools: search." in rollout.transcript
     assert (rollout.metrics["tool_calls"], rollout.metrics["tool_errors"], other.opened) == (1, 1, [])
 

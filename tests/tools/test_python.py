@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlsys.errors import ToolFailedError
+from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
 from rlsys.tools.python import PythonTool
 
@@ -347,7 +347,7 @@ def test_a_fork_is_lost_with_its_original_and_says_that_it_was_not_to_blame() ->
         await session.call({"code": "x = 1"})
         copy = await session.fork()
         assert "exit status 3" in (await session.call({"code": "import os; os._exit(3)"})).text
-        with pytest.raises(ToolFailedError, match="ended with its parent"):
+        with pytest.raises(ToolError, match="ended with its parent"):
             await copy.call({"code": "x"})
         await copy.close()
         await session.close()
@@ -374,7 +374,7 @@ def test_a_killed_zygote_is_replaced_and_its_sessions_are_failures_of_the_tool()
         assert tool._zygote is not None
         tool._zygote._process.kill()
         tool._zygote._process.wait()
-        with pytest.raises(ToolFailedError, match="ended with its parent"):
+        with pytest.raises(ToolError, match="ended with its parent"):
             await session.call({"code": "x"})
         text = (await other.call({"code": "6 * 7"})).text
         await session.close()
