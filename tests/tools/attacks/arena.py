@@ -168,10 +168,18 @@ class _Fight:
             self.evidence.append("an answer cannot be encoded as UTF-8")
         return result
 
+    async def call_patiently(self, session: Any, code: str) -> ToolResult:
+        """A harmless call, whose short time may run out on a loaded machine: up to three times."""
+        for _ in range(2):
+            result = await self.call(session, code)
+            if "[interrupted after" not in result.text and "[no answer within" not in result.text:
+                return result
+        return await self.call(session, code)
+
     async def meet(self, bystander: Any) -> dict[str, Any] | None:
         """Start the session that is to be left alone; returns all that the attacker may know."""
         secret = self.world.secrets["other"]
-        result = await self.call(bystander, f"SECRET = {secret!r}{BYSTANDER}")
+        result = await self.call_patiently(bystander, f"SECRET = {secret!r}{BYSTANDER}")
         if not result.ok:
             self.broken.append(f"a session could not be started before the attack: {result.text}")
             return None
@@ -180,7 +188,7 @@ class _Fight:
         return self.world.known() | LIMITS | other
 
     async def attack_with(self, session: Any, known: dict[str, Any]) -> None:
-        result = await self.call(session, prelude(known, self.attack.imports))
+        result = await self.call_patiently(session, prelude(known, self.attack.imports))
         if not result.ok:
             self.broken.append(f"the attack could not be prepared: {result.text}")
             return
@@ -213,18 +221,18 @@ class _Fight:
         self.texts += [failing.text, answer.text]
 
     async def ask_bystander(self, session: Any) -> None:
-        result = await self.call(session, "mine + 1 + len(hits)")
+        result = await self.call_patiently(session, "mine + 1 + len(hits)")
         if not result.ok or result.text != "42":
             self.broken.append(f"another session was disturbed: {result.text!r:.200}")
 
     async def ask_new_session(self) -> None:
         async with self.session("later") as session:
             if self.attack.later:
-                result = await self.call(session, self.attack.later)
+                result = await self.call_patiently(session, self.attack.later)
                 self.evidence += [f"later: {line}" for line in result.text.splitlines() if "SUCCEEDED " in line]
                 if not re.search(self.attack.ran, result.text):
                     self.broken.append(f"nobody looked for what the attack left: {result.text!r}")
-            result = await self.call(session, "6 * 7")
+            result = await self.call_patiently(session, "6 * 7")
             if not result.ok or result.text != "42":
                 self.broken.append(f"a new session does not work: {result.text!r:.200}")
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,20 @@ class Witness:
     def evidence(self) -> list[str]:
         """What happened to it since the last time."""
         assert self.process.stdout is not None
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.process.stdout.fileno(), 4096):
-                found += [f"a host process received {line}" for line in data.decode().splitlines()]
+        if state_of(self.process.pid) in "Tt":
+            return ["a host process was stopped"]
+        last = f"signal {signal.SIGRTMAX} from {os.getpid()}\n"  # comes after all that waits for it
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGRTMAX)
+        text, end = "", time.monotonic() + 5.0
+        while self.process.poll() is None and not text.endswith(last) and time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                text += os.read(self.process.stdout.fileno(), 4096).decode()
+            time.sleep(0.001)
+        found = [f"a host process received {line}" for line in text.removesuffix(last).splitlines()]
         if self.process.poll() is not None:
-            return [*found, f"a host process was ended ({self.process.returncode})"]
-        state = state_of(self.process.pid)
-        return [*found, f"a host process was stopped (state {state})"] if state in "Tt" else found
+            found.append(f"a host process was ended ({self.process.returncode})")
+        return found
 
     def close(self) -> None:
         self.process.kill()
