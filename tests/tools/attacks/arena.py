@@ -26,7 +26,7 @@ LIMITS: dict[str, Any] = {
     "timeout_seconds": 0.75,
     "memory_mb": 512,
     "disk_mb": 16,
-    "max_files": 1000,
+    "max_files": 256,
     "max_threads": 32,
 }
 MAX_OUTPUT_CHARACTERS = 6000
