@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
 
 from rlsys.chat import Chat
-from rlsys.config import Config, SamplingConfig
+from rlsys.cluster import Actor
+from rlsys.config import Config, PooledPlugIn, SamplingConfig
 from rlsys.errors import ToolError
 from rlsys.function_tool import build_tool
-from rlsys.plugins import build
+from rlsys.interfaces import Tool
+from rlsys.plugins import build, run_hook
+from rlsys.remote_tool import RemoteTool
 from rlsys.rollout import RewardFailedError, RewardTerm, run_rollout
 from rlsys.types import Problem, RolloutGroup
 from rlsys.weights import WeightGroup, WeightPlan
@@ -30,13 +36,23 @@ class RolloutActor:
             )
             for position, reward in enumerate(config.rewards)
         ]
-        self._tools = [build_tool(tool, place=f"tools.{position}") for position, tool in enumerate(config.tools)]
+        self._pooled: dict[str, RemoteTool] = {}
+        self._tools = [self._build_tool(f"tools.{position}", tool) for position, tool in enumerate(config.tools)]
+
+    def _build_tool(self, place: str, config: PooledPlugIn) -> Tool:
+        tool = build_tool(config, place=place)
+        if config.actors is None:
+            return tool
+        return self._pooled.setdefault(place, RemoteTool(tool, config.actors))
+
+    @property
+    def _plug_ins(self) -> list[Any]:
+        return [*(term.reward for term in self._rewards), *self._tools]
 
     async def start(self) -> str:
         """Start plug-ins and engine; returns the name of the engine's weight transfer back end."""
-        for plug_in in (*(term.reward for term in self._rewards), *self._tools):
-            if (start := getattr(plug_in, "start", None)) is not None:
-                await start()
+        for plug_in in self._plug_ins:
+            await run_hook(plug_in, "start")
         # Now, because a tool may learn from its server what it is called with.
         self._chat = Chat.load(self._model_path, self._tools, self._config.chat)
         from rlsys.actors.engine import VllmEngine
@@ -47,8 +63,12 @@ class RolloutActor:
         await self._engine.resume(0)
         return self._engine.backend
 
+    async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
+        """From now on, use these actors of the plug-in that has this place in the configuration."""
+        self._pooled[place].use_actors(actors)
+
     async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
-        """`size` graded attempts at the problem, side by side; those that could not be graded are counted instead."""
+        """`size` graded attempts at the problem, side by side; those that a tool or a reward failed are counted."""
         attempts = await asyncio.gather(
             *(
                 run_rollout(
@@ -96,8 +116,8 @@ class RolloutActor:
         return await self._engine.receive_weights(plan)
 
     async def close(self) -> None:
-        """End the engine's processes and what the rewards hold."""
-        self._engine.close()
-        for term in self._rewards:
-            if (close := getattr(term.reward, "close", None)) is not None:
-                close()
+        """End the engine's processes and what the plug-ins hold."""
+        async with AsyncExitStack() as stack:
+            for plug_in in self._plug_ins:
+                stack.push_async_callback(run_hook, plug_in, "close")
+            self._engine.close()

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlsys.config import ClusterConfig
-from rlsys.errors import ActorError, ResourceError, RlsysError
+from rlsys.errors import ActorError, ActorTimeoutError, ResourceError, RlsysError
 
 # One thread each: spinning OpenMP threads of neighbours slow one another down 3-10x.
 _CPU_ENVIRONMENT = {
@@ -88,16 +88,17 @@ def shortage(demands: Sequence[Demand], total: Mapping[str, float], nodes: Seque
         for name, amount in demand.each.items():
             asked[name] = asked.get(name, 0.0) + demand.count * amount
         if not any(all(node.get(name, 0) >= amount for name, amount in demand.each.items()) for node in nodes):
-            return f"no node has {_words(demand.each)} for one of the {demand.what}"
+            return f"no node has {words(demand.each)} for one of the {demand.what}"
     lacking = {name: amount for name, amount in asked.items() if total.get(name, 0.0) + 1e-6 < amount}
     if not lacking:
         return None
-    parts = "; ".join(f"{demand.count} {demand.what} x ({_words(demand.each)})" for demand in demands)
-    there = _words({name: total.get(name, 0.0) for name in asked})
-    return f"the run asks for {_words(asked)} [{parts}] but {there} are there"
+    parts = "; ".join(f"{demand.count} {demand.what} x ({words(demand.each)})" for demand in demands)
+    there = words({name: total.get(name, 0.0) for name in asked})
+    return f"the run asks for {words(asked)} [{parts}] but {there} are there"
 
 
-def _words(amounts: Mapping[str, float]) -> str:
+def words(amounts: Mapping[str, float]) -> str:
+    """Resources as a person reads them."""
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items()) or "nothing"
 
 
@@ -120,8 +121,8 @@ async def require(demands: Sequence[Demand], *, wait_seconds: float) -> None:
         if time.monotonic() > deadline:
             state = lacking or f"{busy} (the rest is taken by other work)"
             raise ResourceError(
-                f"{state}; lower actors.count, learners.count or their cpus/gpus, or add nodes "
-                f"(waited {wait_seconds:g} s)"
+                f"{state}; lower actors.count, learners.count, the count of a tool's actors or their cpus/gpus, or add "
+                f"nodes (waited {wait_seconds:g} s)"
             )
         if not asked_to_grow:
             request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
@@ -141,7 +142,7 @@ class Actor:
         """Call a method and await its result.
 
         Raises:
-            ActorError: the actor died, raised, or did not answer within `seconds`.
+            ActorError: the actor died, raised, or did not answer within `seconds` (then an ActorTimeoutError).
             RlsysError: the method raised one; it arrives as it was.
         """
         limit = self._call_seconds if seconds is None else seconds
@@ -149,7 +150,7 @@ class Actor:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), limit)
         except (TimeoutError, GetTimeoutError) as error:
-            raise ActorError(f"{self.name}.{method} did not answer within {limit:g} s") from error
+            raise ActorTimeoutError(f"{self.name}.{method} did not answer within {limit:g} s") from error
         except RayTaskError as error:
             if isinstance(error.cause, RlsysError):
                 raise error.cause from None
@@ -161,9 +162,9 @@ class Actor:
             reason = " ".join(str(error).split())
             raise ActorError(f"{self.name} died during {method}: {reason[:600]}") from error
 
-    def kill(self) -> None:
-        """End the process now."""
-        ray.kill(self._handle)
+    def kill(self, *, restart: bool = False) -> None:
+        """End the process now; with `restart` Ray replaces it, if it was placed so."""
+        ray.kill(self._handle, no_restart=not restart)
 
 
 def _said_before(pid: int) -> str:
@@ -176,19 +177,30 @@ def _said_before(pid: int) -> str:
 
 
 def place(
-    cls: type, demand: Demand, arguments: Sequence[Mapping[str, Any]], *, call_seconds: float, concurrency: int = 1
+    cls: type,
+    demand: Demand,
+    arguments: Sequence[Mapping[str, Any]],
+    *,
+    call_seconds: float,
+    concurrency: int = 1,
+    first_index: int = 0,
+    restarts: bool = False,
 ) -> list[Actor]:
-    """Start one actor of `cls` for each set of keyword arguments; returns at once, the actors start side by side."""
+    """Start one actor of `cls` for each set of keyword arguments; returns at once, the actors start side by side.
+
+    They are named after the demand and numbered from `first_index`. With `restarts` Ray replaces one that dies: the new
+    one is made with the same arguments, on any node, and has no memory of calls before; those under way have failed.
+    """
     remote: Any = ray.remote(cls).options(
         num_cpus=demand.cpus,
         num_gpus=demand.gpus,
         resources=dict(demand.resources) or None,
         max_concurrency=concurrency,
-        max_restarts=0,
+        max_restarts=-1 if restarts else 0,
     )
     return [
         Actor(f"{demand.what} {index}", remote.remote(**keywords), call_seconds=call_seconds)
-        for index, keywords in enumerate(arguments)
+        for index, keywords in enumerate(arguments, first_index)
     ]
 
 

@@ -3,6 +3,9 @@
 The command line prints these without a traceback. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RlsysError(Exception):
     """Something that the user can put right."""
@@ -28,6 +31,14 @@ class ActorError(RlsysError):
     """An actor died, hung past its deadline, or raised; the message names the actor and the cause."""
 
 
+class ActorTimeoutError(ActorError):
+    """An actor did not answer within the deadline; it may be alive."""
+
+
+class ToolError(RlsysError):
+    """A tool cannot answer, or not in the state that the policy knows: the rollout is dropped and counted."""
+
+
 class WeightSyncError(RlsysError):
     """An engine does not hold the weights that the learner sent; the message names the engine and the tensor."""
 
@@ -36,5 +47,12 @@ class TrainingStalledError(RlsysError):
     """Training cannot go on: there is nothing to learn from, or no finite gradient."""
 
 
-class ToolError(RlsysError):
-    """A tool cannot answer, by no fault of the policy: its rollout is dropped and counted, never trained."""
+@contextmanager
+def failures_of_tool(name: str) -> Iterator[None]:
+    """Turn what a tool's own code raises inside into a ToolError; an RlsysError passes as it is."""
+    try:
+        yield
+    except RlsysError:
+        raise
+    except Exception as error:  # anything may come out of a user's tool
+        raise ToolError(f"tool {name!r} raised {type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlsys.config import Config, OptimizerConfig, SamplingConfig
 from rlsys.errors import TrainingStalledError, WeightSyncError
 from rlsys.packing import shard
 from rlsys.plugins import resolve
+from rlsys.pool import ActorPool, pooled_plug_ins
 from rlsys.types import Problem, RolloutGroup, TrainBatch
 from rlsys.weights import WeightGroup, WeightPlan, verify
 
@@ -36,24 +38,36 @@ def learner_demand(config: Config) -> Demand:
 
 
 class RolloutFleet:
-    """The rollout actors. Each problem goes to the one that carries the fewest."""
+    """The rollout actors, and the pools of plug-ins that have actors of their own, by their place in the configuration.
 
-    def __init__(self, actors: list[Actor], backend: str) -> None:
+    Each problem goes to the rollout actor that carries the fewest.
+    """
+
+    def __init__(self, actors: list[Actor], backend: str, pools: Mapping[str, ActorPool]) -> None:
         self.actors = actors
         self.backend = backend
+        self.pools = pools
         self._load = [0] * len(actors)
 
     @classmethod
     async def start(cls, config: Config, model_path: str) -> RolloutFleet:
-        """Place the actors and start their engines, side by side."""
+        """Place the actors and start engines and pools, side by side."""
         demand = rollout_demand(config)
         actor_class = resolve(config.actors.use, place="actors.use")
         arguments = [{"config": config, "model_path": model_path, "index": index} for index in range(demand.count)]
         actors = cluster.place(
             actor_class, demand, arguments, call_seconds=config.cluster.call_seconds, concurrency=4096
         )
-        started = await asyncio.gather(*(actor.call("start", seconds=config.actors.start_seconds) for actor in actors))
-        return cls(actors, started[0])
+        pools = {place: ActorPool(plug_in, place=place) for place, plug_in in pooled_plug_ins(config).items()}
+        backend, *_ = await asyncio.gather(
+            *(actor.call("start", seconds=config.actors.start_seconds) for actor in actors),
+            *(pool.start() for pool in pools.values()),
+        )
+        fleet = cls(actors, backend, pools)
+        for place, pool in pools.items():
+            seconds = config.actors.sync_seconds
+            await pool.serve(partial(fleet.call_all, "use_actors", place, seconds=seconds))
+        return fleet
 
     async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
         """Roll out one problem on the least loaded actor."""
@@ -73,6 +87,7 @@ class RolloutFleet:
     async def close(self) -> None:
         """End all actors, politely first, because their engines have processes of their own."""
         await _close_all(self.actors)
+        await asyncio.gather(*(pool.close() for pool in self.pools.values()))
 
 
 class LearnerGroup:

@@ -1,7 +1,7 @@
 """What a plug-in must look like. Any class of this shape works; nothing has to be inherited or registered.
 
 Rewards and tools may also have `async start()`, awaited once in each actor before its first rollout, which raises where
-the plug-in cannot work on this host. A reward may have `close()`, called when its actor ends.
+the plug-in cannot work on this host, and `close()`, plain or async, called when their actor ends.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class ToolResult:
 
 
 class Session(Protocol):
-    """One rollout's use of a tool."""
+    """One rollout's use of a tool.
+
+    An exception from any of these, or from `Tool.open`, drops the rollout. Where the tool has actors of its own, a
+    session may be lost with its actor. Its calls are then made again in a new one: their effects must stay inside it.
+    """
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult: ...
 

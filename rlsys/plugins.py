@@ -70,3 +70,10 @@ def build(reference: str, options: Mapping[str, Any], *, place: str) -> Any:
         return target
     check_options(target, options, place=place)
     return target(**options)
+
+
+async def run_hook(plug_in: Any, name: str) -> None:
+    """Call the plug-in's method of this name where it has one, and await what can be awaited."""
+    hook = getattr(plug_in, name, None)
+    if hook is not None and inspect.isawaitable(result := hook()):
+        await result

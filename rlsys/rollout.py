@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -13,8 +14,11 @@ import numpy as np
 
 from rlsys.chat import Chat, ToolCall
 from rlsys.config import SamplingConfig
+from rlsys.errors import ToolError, failures_of_tool
 from rlsys.interfaces import Engine, RewardResult, Session, ToolResult
 from rlsys.types import Completion, FinishReason, Problem, Rollout
+
+log = logging.getLogger(__name__)
 
 _MIN_ROOM = 1
 """A prompt must leave at least so many tokens of context."""
@@ -95,6 +99,7 @@ async def run_rollout(
 
     Raises:
         RewardFailedError: the rollout cannot be graded.
+        ToolError: a tool raised, or could not be brought back as the policy knew it.
     """
     prompt = chat.render(problem)
     budget = min(sampling.max_response_tokens, max_model_tokens - len(prompt))
@@ -173,20 +178,29 @@ class _Sessions:
     async def __aenter__(self) -> _Sessions:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            await self._stack.aclose()
+        except ToolError as failure:
+            if error is None:
+                raise
+            log.warning("%s; told here only, because the rollout had ended before with %r", failure, error)
 
     async def call(self, call: ToolCall) -> ToolResult:
-        """Answer a call. What the policy did wrong is a text for it; a tool that raises cannot run here at all."""
+        """Answer a call. What the policy did wrong is a text for it; ToolError where the tool raises."""
         if call.error is not None:
             return ToolResult(text=call.error, ok=False)
         started = time.perf_counter()
-        if call.name not in self._open:
-            session = await self._chat.tools[call.name].open(self._rollout_id)
-            self._stack.push_async_callback(session.close)
-            self._open[call.name] = session
-        result = await self._open[call.name].call(call.arguments)
-        return replace(result, seconds=time.perf_counter() - started)
+        with failures_of_tool(call.name):
+            if call.name not in self._open:
+                self._open[call.name] = await self._chat.tools[call.name].open(self._rollout_id)
+                self._stack.push_async_callback(self._close, call.name)
+            result = await self._open[call.name].call(call.arguments)
+            return replace(result, seconds=time.perf_counter() - started)
+
+    async def _close(self, name: str) -> None:
+        with failures_of_tool(name):
+            await self._open[name].close()
 
 
 async def _graded(problem: Problem, rollout: Rollout, rewards: Sequence[RewardTerm]) -> Rollout:

@@ -18,6 +18,7 @@ from rlsys.errors import CheckpointError, ConfigError
 from rlsys.fleet import learner_demand, rollout_demand
 from rlsys.function_tool import check_tool
 from rlsys.plugins import check_options, resolve
+from rlsys.pool import pool_demands
 from rlsys.records import RunDirectory
 from rlsys.report import plot_curves
 from rlsys.scratch import build_scratch_model
@@ -151,7 +152,7 @@ def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
     """What the stages need at one time."""
     demands = []
     if {"rl", "eval"} & set(stages):
-        demands.append(rollout_demand(config))
+        demands += [rollout_demand(config), *pool_demands(config)]
     if {"rl", "sft"} & set(stages):
         demands.append(learner_demand(config))
     return demands

@@ -67,9 +67,22 @@ def hold_shared_head_twice(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One engine and one learner group for all tests that need them."""
+def on_ray() -> Iterator[asyncio.Runner]:
+    """A real Ray cluster of this machine for all tests that need one: the loop that handles of its actors live on."""
     from rlsys import cluster
+    from rlsys.config import ClusterConfig
+
+    with asyncio.Runner() as runner:
+        cluster.connect(ClusterConfig())
+        try:
+            yield runner
+        finally:
+            cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def stack(on_ray: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One engine and one learner group for all tests that need them."""
     from rlsys.config_file import load_config
     from rlsys.fleet import LearnerGroup, RolloutFleet
     from rlsys.scratch import build_scratch_model
@@ -91,12 +104,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         await learners.open_weights(fleet)
         return fleet, learners
 
-    with asyncio.Runner() as runner:
-        cluster.connect(config.cluster)
-        try:
-            fleet, learners = runner.run(start())
-            yield Stack(config=config, model=model, fleet=fleet, learners=learners, runner=runner)
-            runner.run(learners.close())
-            runner.run(fleet.close())
-        finally:
-            cluster.disconnect()
+    fleet, learners = on_ray.run(start())
+    yield Stack(config=config, model=model, fleet=fleet, learners=learners, runner=on_ray)
+    on_ray.run(learners.close())
+    on_ray.run(fleet.close())

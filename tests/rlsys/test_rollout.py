@@ -11,6 +11,7 @@ import pytest
 
 from rlsys.chat import Chat
 from rlsys.config import SamplingConfig
+from rlsys.errors import ResourceError, ToolError
 from rlsys.interfaces import RewardResult, Session, ToolResult
 from rlsys.rollout import RewardFailedError, RewardTerm, mean_metrics, run_rollout
 from rlsys.scratch import byte_tokenizer
@@ -213,13 +214,30 @@ def test_without_a_call_no_session_is_opened() -> None:
 
 def test_sessions_are_closed_where_the_tool_or_the_engine_fails() -> None:
     tool = FakeTool(error=RuntimeError("the host has no user namespaces"))
-    with pytest.raises(RuntimeError, match="user namespaces"):
+    with pytest.raises(ToolError, match="tool 'python' raised RuntimeError: the host has no user namespaces"):
         run(FakeEngine(CALL, "done<|im_end|>"), tool=tool)
     assert (len(tool.opened), tool.closed) == (1, 1)
     tool = FakeTool()
     with pytest.raises(IndexError):
         run(FakeEngine(CALL), tool=tool)
     assert (len(tool.opened), tool.closed) == (1, 1)
+
+
+def test_an_error_that_the_user_can_put_right_is_no_failure_of_one_rollout() -> None:
+    with pytest.raises(ResourceError, match="the account is empty"):
+        run(FakeEngine(CALL), tool=FakeTool(error=ResourceError("the account is empty")))
+
+
+class StuckTool(FakeTool):
+    async def close(self) -> None:
+        raise OSError("device busy")
+
+
+def test_a_session_that_cannot_be_closed_fails_the_rollout_but_hides_no_other_error() -> None:
+    with pytest.raises(ToolError, match="tool 'python' raised OSError: device busy"):
+        run(FakeEngine(CALL, "done<|im_end|>"), tool=StuckTool())
+    with pytest.raises(IndexError):  # the engine's
+        run(FakeEngine(CALL), tool=StuckTool())
 
 
 def test_sessions_are_closed_where_the_rollout_is_cancelled() -> None:
