@@ -22,6 +22,7 @@ CONTROL, OUTPUT, NOTHING = 100, 101, 102  # where the session's descriptors are
 READY = b"ready"
 RUN, FORK = b"R", b"F"
 HEADER = 21  # bytes
+_print, _repr = print, repr  # as they were: a cell may have replaced the names
 
 
 class Interpreter:
@@ -138,7 +139,7 @@ class Interpreter:
             value = eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), self.main.__dict__)
             if value is not None:
                 self.main.__dict__["_"] = value
-                print(repr(value))
+                _print(_repr(value))
 
     def show_error(self, error: BaseException) -> bool:
         """Print the traceback, the cells' own frames only; True where it is a plain `exit()`."""

@@ -29,23 +29,23 @@ close 3 57, close_range 436 436, lseek 8 62, open 2 -, openat 257 56, creat 85 -
 newfstatat 262 79, statx 332 291, statfs 137 43, fstatfs 138 44, access 21 -, faccessat 269 48, faccessat2 439 439,
 getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50, readlink 89 -, readlinkat 267 78, rename 82 -,
 renameat 264 38, renameat2 316 276, mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, link 86 -,
-linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, umask 95 166,
-utimensat 280 88, truncate 76 45, ftruncate 77 46, fallocate 285 47, flock 73 32, fsync 74 82, fdatasync 75 83,
-fadvise64 221 223, sendfile 40 71, copy_file_range 326 285, getxattr 191 8, lgetxattr 192 9, fgetxattr 193 10,
-listxattr 194 11, llistxattr 195 12, flistxattr 196 13, dup 32 23, dup2 33 -, dup3 292 24, fcntl 72 25, pipe 22 -,
-pipe2 293 59, eventfd2 290 19, select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, epoll_create1 291 20,
-epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441, mmap 9 222, mprotect 10 226,
-munmap 11 215, brk 12 214, mremap 25 216, madvise 28 233, msync 26 227, rt_sigaction 13 134, rt_sigprocmask 14 135,
-rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132,
-restart_syscall 219 128, pause 34 -, alarm 37 -, getitimer 36 102, setitimer 38 103, nanosleep 35 101,
-clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -, times 100 153,
-getrusage 98 165, getrlimit 97 163, sysinfo 99 179, uname 63 160, getcpu 309 168, getrandom 318 278, getpid 39 172,
-getppid 110 173, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158,
-getresuid 118 148, getresgid 120 150, getpgrp 111 -, getpgid 121 155, getsid 124 156, sched_yield 24 124,
-sched_getaffinity 204 123, sched_getparam 143 121, sched_getscheduler 145 120, sched_get_priority_max 146 125,
-sched_get_priority_min 147 126, futex 202 98, set_robust_list 273 99, get_robust_list 274 100, rseq 334 293,
-set_tid_address 218 96, membarrier 324 283, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94,
-recvfrom 45 207, recvmsg 47 212, sendmsg 46 211, shutdown 48 210, getsockopt 55 209, getsockname 51 204
+linkat 265 37, symlink 88 -, symlinkat 266 36, chmod 90 -, fchmod 91 52, fchmodat 268 53, umask 95 166, truncate 76 45,
+ftruncate 77 46, fallocate 285 47, flock 73 32, fsync 74 82, fdatasync 75 83, fadvise64 221 223, sendfile 40 71,
+copy_file_range 326 285, getxattr 191 8, lgetxattr 192 9, fgetxattr 193 10, listxattr 194 11, llistxattr 195 12,
+flistxattr 196 13, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, eventfd2 290 19, select 23 -,
+pselect6 270 72, poll 7 -, ppoll 271 73, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
+epoll_pwait2 441 441, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, mremap 25 216, madvise 28 233,
+msync 26 227, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136,
+rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, restart_syscall 219 128, pause 34 -, alarm 37 -,
+getitimer 36 102, setitimer 38 103, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113,
+clock_getres 229 114, gettimeofday 96 169, time 201 -, times 100 153, getrusage 98 165, getrlimit 97 163,
+sysinfo 99 179, uname 63 160, getcpu 309 168, getrandom 318 278, getpid 39 172, getppid 110 173, gettid 186 178,
+getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148,
+getresgid 120 150, getpgrp 111 -, getpgid 121 155, getsid 124 156, sched_yield 24 124, sched_getaffinity 204 123,
+sched_getparam 143 121, sched_getscheduler 145 120, sched_get_priority_max 146 125, sched_get_priority_min 147 126,
+futex 202 98, set_robust_list 273 99, get_robust_list 274 100, rseq 334 293, set_tid_address 218 96,
+membarrier 324 283, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94, shutdown 48 210, getsockopt 55 209,
+getsockname 51 204
 """
 CALLS = {
     name: tuple(None if number == "-" else int(number) for number in numbers)
@@ -61,8 +61,20 @@ _CHECKED = {  # allowed for some arguments only
     "socketpair": (53, 199),
     "sendto": (44, 206),
     "clone3": (435, 435),
+    "fcntl": (72, 25),
+    "sendmsg": (46, 211),
+    "recvfrom": (45, 207),
+    "recvmsg": (47, 212),
+    "utimensat": (280, 88),
 }
 _OPENING = ("open", "openat", "creat")
+_RIGHTS = ("chmod", "fchmodat")  # of files by name: Landlock does not know them
+_CHANGING = ("rename", "renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "link", "linkat")
+_CHANGING += ("symlink", "symlinkat", "truncate", "chdir", "fchdir")
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks of both kinds, F_DUPFD_CLOEXEC, sizes of pipes; no F_SETOWN, with
+# which the kernel signals others, and no notices of others' changes.
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)
+_MSG_OOB = 1
 _STREAMS = (1, 1 | 0x800, 1 | 0x80000, 1 | 0x80800)  # SOCK_STREAM, perhaps not blocking, closed on exec
 _PRCTL_NAMES = (15, 16)  # of threads: PR_SET_NAME, PR_GET_NAME
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -86,7 +98,11 @@ def _if_argument_in(index: float, values: "Iterable[int]") -> "list[Instruction]
     return [*body, (_RETURN, 0, 0, _DENY)]
 
 
-def program(*, own_pid: int, opening: bool, asks_to_fork: bool) -> bytes:
+def _without_bit(index: float, bit: int) -> "list[Instruction]":
+    return [_argument(index), (_ANY_BIT, 0, 1, bit), (_RETURN, 0, 0, _DENY), (_RETURN, 0, 0, _ALLOW)]
+
+
+def program(*, own_pid: int, opening: bool, own_root: bool, asks_to_fork: bool) -> bytes:
     """The filter, as classic BPF: `CALLS` are allowed, `_CHECKED` for some arguments, all else answers EPERM.
 
     `asks_to_fork` leaves fork() to whoever holds the filter's listener; without it fork() is denied like the rest.
@@ -114,12 +130,24 @@ def program(*, own_pid: int, opening: bool, asks_to_fork: bool) -> bytes:
         "prlimit64": _if_argument_in(0, [0]),
         # Streams of AF_UNIX: others could be sent to an address. The address of sendto must be none, in both halves.
         "socketpair": [_argument(0), (_EQUAL, 1, 0, 1), (_RETURN, 0, 0, _DENY), *_if_argument_in(1, _STREAMS)],
-        "sendto": [_argument(4), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _DENY), *_if_argument_in(4.5, [0])],
+        # No urgent data either: a corner of AF_UNIX that has had faults, and that nobody needs.
+        "sendto": [
+            *(_argument(3), (_ANY_BIT, 0, 1, _MSG_OOB), (_RETURN, 0, 0, _DENY)),
+            *(_argument(4), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _DENY), *_if_argument_in(4.5, [0])),
+        ],
+        "sendmsg": _without_bit(2, _MSG_OOB),
+        "recvmsg": _without_bit(2, _MSG_OOB),
+        "recvfrom": _without_bit(3, _MSG_OOB),
+        "fcntl": _if_argument_in(1, _FCNTLS),
+        "utimensat": [(_RETURN, 0, 0, _ALLOW)]  # of an open file only, where the host's files can be named
+        if own_root
+        else [_argument(1), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _DENY), *_if_argument_in(1.5, [0])],
         "clone3": [(_RETURN, 0, 0, _NO_CALL)],  # its flags are out of a filter's sight; the C library tries clone()
     }
     for name, numbers in _CHECKED.items():
         found += [(_EQUAL, 0, len(bodies[name]), numbers[_column]), *bodies[name]]
-    allowed = {pair[_column] for name, pair in CALLS.items() if opening or name not in _OPENING}
+    denied = () if own_root else _RIGHTS if opening else (*_RIGHTS, *_CHANGING, *_OPENING)
+    allowed = {pair[_column] for name, pair in CALLS.items() if name not in denied}
     found += [*_allow(sorted(number for number in allowed if number is not None)), (_RETURN, 0, 0, _DENY)]
     return b"".join(INSTRUCTION.pack(*instruction) for instruction in found)
 

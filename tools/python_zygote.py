@@ -86,7 +86,7 @@ class Zygote:
         if namespaces:
             confine.enter_namespaces()
             self.map_users()
-        elif os.geteuid() == 0 and readable_by_all(installation(), inside="/"):
+        elif os.geteuid() == 0 and (self.settings.tier == "T0" or readable_by_all(installation(), inside="/")):
             self.users = NUM_USERS
         missing = []
         for name in (*STANDARD.split(), *self.settings.preload):
@@ -99,7 +99,7 @@ class Zygote:
             confine.build_root(self.settings.place, self.readable)
             # What is the same for all sessions is made once: each of these costs half a millisecond.
             self.files = confine.file_rules(["/"], ["/policy"])
-            self.filter = seccomp.program(own_pid=1, opening=True, asks_to_fork=self.settings.forkable)
+            self.filter = seccomp.program(own_pid=1, opening=True, own_root=True, asks_to_fork=self.settings.forkable)
         os.environ.clear()
         os.environ.update({"LANG": "C.UTF-8", "PATH": "/nowhere"})
         self.set_home(f"{confine.WORK}/0")
@@ -185,7 +185,8 @@ class Zygote:
         self.ending.discard(number)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.close(pidfd)
-        self.remove_folder(self.folder_of(number))
+        if self.settings.tier == "T1":
+            self.remove_folder(self.folder_of(number))
         self.send({"id": number, "status": status})
 
     def folder_of(self, number: int) -> str:
@@ -194,7 +195,7 @@ class Zygote:
 
     def remove_folder(self, folder: str) -> None:
         """Remove a session's folder from the host's file system, however deep it is."""
-        if self.settings.tier == "T1":
+        if self.settings.tier != "T2":
             subprocess.run(["/bin/rm", "-rf", "--", folder], check=False, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
@@ -261,7 +262,7 @@ class Zygote:
             {
                 resource.RLIMIT_AS: settings.memory_mb << 20,
                 resource.RLIMIT_CPU: MAX_CPU_SECONDS,
-                resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
+                resource.RLIMIT_FSIZE: min(MAX_FILE_BYTES, settings.disk_mb << 20),
                 resource.RLIMIT_CORE: 0,
                 resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
                 resource.RLIMIT_NPROC: processes * (16 if settings.forkable else 1),
@@ -285,7 +286,7 @@ class Zygote:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if settings.tier != "T2":
             opening = settings.tier == "T1"
-            self.filter = seccomp.program(own_pid=os.getpid(), opening=opening, asks_to_fork=False)
+            self.filter = seccomp.program(own_pid=os.getpid(), opening=opening, own_root=False, asks_to_fork=False)
         listener = seccomp.install(self.filter, listen=settings.forkable and settings.tier == "T2")
         return int(listener) if listener is not None else None
 

@@ -19,6 +19,7 @@ from pool_plugins import EVENTS, HOOKS, Caller
 from rlsys import cluster, pool, remote_tool
 from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.tool import ToolActor
+from rlsys.chat import Chat
 from rlsys.config import Config, PoolConfig, PooledPlugIn, SamplingConfig
 from rlsys.config_file import load_config
 from rlsys.errors import ActorError, ActorTimeoutError, ConfigError, ResourceError, RlsysError, ToolError
@@ -726,10 +727,9 @@ class CallingEngine:
 
 
 def rollout_actor(folder: Path, more: str) -> RolloutActor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlsys.chat.load_tokenizer", lambda _: TOKENIZER)
-        actor = RolloutActor(config=load(folder / "run.yaml", more), model_path="model", index=0)
+    actor = RolloutActor(config=load(folder / "run.yaml", more), model_path="model", index=0)
     actor._engine = CallingEngine()
+    actor._chat = Chat(TOKENIZER, actor._tools, tool_format="template")
     return actor
 
 

@@ -33,7 +33,7 @@ def world() -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture(scope="session", params=TIERS)
+@pytest.fixture(scope="session", params=[TIERS[0], *(pytest.param(tier, marks=pytest.mark.slow) for tier in TIERS[1:])])
 def arena(request: pytest.FixtureRequest, runner: asyncio.Runner, world: World) -> Iterator[Arena]:
     """One tool of each tier. Where the host cannot make one, the summary says so in one line with the reason."""
     try:
