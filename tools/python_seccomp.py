@@ -69,8 +69,10 @@ _CHECKED = {  # allowed for some arguments only
 }
 _OPENING = ("open", "openat", "creat")
 _RIGHTS = ("chmod", "fchmodat")  # of files by name: Landlock does not know them
-_CHANGING = ("rename", "renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "link", "linkat")
-_CHANGING += ("symlink", "symlinkat", "truncate", "chdir", "fchdir")
+_CHANGING = (
+    *("rename", "renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "link", "linkat"),
+    *("symlink", "symlinkat", "truncate", "chdir", "fchdir"),
+)
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks of both kinds, F_DUPFD_CLOEXEC, sizes of pipes; no F_SETOWN, with
 # which the kernel signals others, and no notices of others' changes.
 _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032)
