@@ -37,7 +37,7 @@ SECRETS = (
         attempt("the configuration", lambda: print(read(W["project"])))
         attempt("the sources", lambda: read(W["root"] + "/pyproject.toml"))
         attempt("the tool's sources", lambda: read(W["tools"] + "/python.py"))
-        attempt("a list of the project", lambda: os.listdir(W["root"]))
+        attempt("a list of the project", lambda: [n for n in os.listdir(W["root"]) if n != W["environment"]], bad=bool)
         attempt("a list of the stand-in", lambda: os.listdir(W["folder"]))
         """,
     ),

@@ -166,6 +166,8 @@ class World:
             "scratch": str(self.scratch),
             "site_mode": Path(sysconfig.get_path("purelib")).stat().st_mode & 0o7777,
             "root": str(ROOT),
+            # In T2 the way to the libraries is there as empty folders: of an environment in the project, its name.
+            "environment": Path(sys.prefix).name,
             "tools": str(TOOLS),
             "site": sysconfig.get_path("purelib"),
             "stdlib": sysconfig.get_path("stdlib"),
