@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rlsys.tools.output import Output
@@ -21,8 +22,9 @@ MAX_READS_BEHIND = 32  # of output, once the answer is there: a thread of the co
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, call, architecture, ip, arguments
 _RECEIVE, _ANSWER, _CONTINUE, _EPERM = 0xC0502100, 0xC0182101, 1, 1
 _MAX_DENIED_FORKS = 1000
-PATIENCE_SECONDS = 0.1  # of CPU that a call may use before it gives way
+PATIENCE_SECONDS = 0.05  # of CPU that a call may use before it gives way
 NICENESS = 10
+READS_AT_ONCE, PAUSE_SECONDS = 16, 0.01  # of output: a megabyte, then a breath
 
 
 class ForkGate:
@@ -134,7 +136,7 @@ class Clone:
         key = os.urandom(8).hex().encode()
         data = code.encode("utf-8", "replace")
         self._loop.add_reader(self._control, self._take_answer, call, key)
-        self._loop.add_reader(self._output, self._take_output, output)
+        flood = _Flood(self._loop, self._output, lambda: self._take_output(output))
         try:
             with contextlib.suppress(OSError):  # its end is noticed by the reader
                 await self._loop.sock_sendall(self._control, b"R" + key + len(data).to_bytes(4, "big") + data)
@@ -145,7 +147,7 @@ class Clone:
             call.cancel()
             self._call = None
             self._loop.remove_reader(self._control)
-            self._loop.remove_reader(self._output)
+            flood.stop()
             for _ in range(MAX_READS_BEHIND):
                 if not self._take_output(output):
                     break
@@ -168,8 +170,6 @@ class Clone:
             data = os.read(self._output, READ_BYTES)
         except BlockingIOError:
             return False
-        if not data:
-            self._loop.remove_reader(self._output)
         output.add(data)
         return bool(data)
 
@@ -267,6 +267,31 @@ class Clone:
             await readable
         finally:
             self._loop.remove_reader(source)
+
+
+class _Flood:
+    """Reads what a call shows, at once at first, then in measured steps: a flood must not take this event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, source: int, take: Callable[[], bool]) -> None:
+        self._loop, self._source, self._take = loop, source, take
+        self._num_reads = 0
+        self._pause: asyncio.TimerHandle | None = None
+        loop.add_reader(source, self._read)
+
+    def _read(self) -> None:
+        self._num_reads += 1
+        if not self._take():  # the code has closed its side
+            self._loop.remove_reader(self._source)
+        elif self._num_reads >= READS_AT_ONCE:
+            self._num_reads = 0
+            self._loop.remove_reader(self._source)
+            self._pause = self._loop.call_later(PAUSE_SECONDS, self._loop.add_reader, self._source, self._read)
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._loop.remove_reader(self._source)
+        if self._pause is not None:
+            self._pause.cancel()
 
 
 class _Call:

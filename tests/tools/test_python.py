@@ -162,13 +162,13 @@ def test_output_is_cut_in_the_middle_and_the_number_of_cut_characters_is_told() 
     assert result.text == "a" * 500 + "\n[... 400 characters cut ...]\n" + "é" * 500
 
 
-def test_a_gigabyte_of_output_fills_no_memory() -> None:
-    code = "part = 'ab' * 500_000\nfor _ in range(1000): print(part, end='')\nprint('the end')"
+def test_hundreds_of_megabytes_of_output_fill_no_memory() -> None:
+    code = "part = 'ab' * 500_000\nfor _ in range(300): print(part, end='')\nprint('the end')"
     result = run(code, timeout_seconds=60.0, max_output_characters=500)[0]
     assert result.ok
     assert result.text.endswith("the end")
     assert len(result.text) < 600
-    assert f"[... {1000 * 1_000_000 + 8 - 500} characters cut ...]" in result.text
+    assert f"[... {300 * 1_000_000 + 8 - 500} characters cut ...]" in result.text
 
 
 def test_a_huge_repr_is_cut() -> None:
