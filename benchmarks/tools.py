@@ -65,7 +65,7 @@ print(json.dumps({"starts": starts, "cells": cells, "text": text}))
 """
 HOSTILE = (
     "while True: pass",
-    "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
     "x = []\nwhile True: x.append(bytearray(1 << 20))",
     "import os\nwhile True: print('x' * 100_000)",
     "import os\nfor _ in range(10**9):\n    try: os.fork()\n    except OSError: pass",
@@ -189,7 +189,7 @@ async def crowd(number: int) -> dict[str, Any]:
 async def neighbours(tool: PythonTool, *, seconds: float, num_good: int, num_hostile: int) -> Sample:
     """Good sessions of three short calls, in turns beside hostile ones: how many good ones end in a second."""
     end = time.perf_counter() + seconds
-    good, late = 0, [0.0]
+    good, late = 0, [-1.0]
 
     async def behave() -> None:
         nonlocal good
@@ -205,6 +205,7 @@ async def neighbours(tool: PythonTool, *, seconds: float, num_good: int, num_hos
         number = first
         while time.perf_counter() < end:
             session = await tool.open("hostile")
+            await session.call({"code": "1"})  # its start is not a part of its time
             begin = time.perf_counter()
             await session.call({"code": HOSTILE[number % len(HOSTILE)]})
             late.append(time.perf_counter() - begin - tool.timeout_seconds - GRACE_SECONDS)
