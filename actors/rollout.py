@@ -14,7 +14,7 @@ from rlsys.config import Config, PooledPlugIn, SamplingConfig
 from rlsys.errors import ToolError
 from rlsys.function_tool import build_tool
 from rlsys.interfaces import Tool
-from rlsys.plugins import build, run_hook
+from rlsys.plugins import build, isolation_of, run_hook
 from rlsys.remote_tool import RemoteTool
 from rlsys.rollout import RewardFailedError, RewardTerm, run_rollout
 from rlsys.types import Problem, RolloutGroup
@@ -62,6 +62,10 @@ class RolloutActor:
         )
         await self._engine.resume(0)
         return self._engine.backend
+
+    async def isolation(self) -> dict[str, str]:
+        """The tier of every tool that runs here and has one."""
+        return isolation_of(self._tools)
 
     async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
         """From now on, use these actors of the plug-in that has this place in the configuration."""

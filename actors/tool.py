@@ -11,7 +11,7 @@ from rlsys.config import PooledPlugIn
 from rlsys.errors import ActorError, failures_of_tool
 from rlsys.function_tool import build_tool
 from rlsys.interfaces import Session, Tool, ToolResult
-from rlsys.plugins import run_hook
+from rlsys.plugins import isolation_of, run_hook
 
 
 class ToolActor:
@@ -40,6 +40,10 @@ class ToolActor:
             if not self._is_started:
                 await run_hook(self._tool, "start")
                 self._is_started = True
+
+    async def isolation(self) -> dict[str, str]:
+        """The tool's tier, where it has one."""
+        return isolation_of([self._tool])
 
     def _has_room(self) -> bool:
         return not self._draining and len(self._sessions) + self._num_closing < self._max_sessions

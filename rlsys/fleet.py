@@ -69,6 +69,15 @@ class RolloutFleet:
             await pool.serve(partial(fleet.call_all, "use_actors", place, seconds=seconds))
         return fleet
 
+    async def isolation(self) -> dict[str, str]:
+        """The tier of every tool that has one, as `isolation_NAME`; the weakest where hosts differ."""
+        everyone = [*self.actors, *(actor for pool in self.pools.values() for actor in pool.actors)]
+        found: dict[str, str] = {}
+        for tiers in await asyncio.gather(*(actor.call("isolation") for actor in everyone)):
+            for name, tier in tiers.items():
+                found[f"isolation_{name}"] = min(tier, found.get(f"isolation_{name}", tier))
+        return found
+
     async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
         """Roll out one problem on the least loaded actor."""
         index = self._load.index(min(self._load))

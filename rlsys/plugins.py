@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rlsys.errors import ConfigError
@@ -70,6 +70,11 @@ def build(reference: str, options: Mapping[str, Any], *, place: str) -> Any:
         return target
     check_options(target, options, place=place)
     return target(**options)
+
+
+def isolation_of(tools: Iterable[Any]) -> dict[str, str]:
+    """How well each of these tools isolates what it runs, of those that say so (`tier`), by name."""
+    return {tool.name: tool.tier for tool in tools if getattr(tool, "tier", None) is not None}
 
 
 async def run_hook(plug_in: Any, name: str) -> None:

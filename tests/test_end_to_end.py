@@ -89,6 +89,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_ends_as_if_nothing_had_hap
     assert all(line["learner/logprob_gap"] < 1e-5 for line in lines(run) if line["stage"] == "rl")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 5
+    assert summary["isolation_python"] in ("T2", "T1")
     assert {"accuracy_before", "accuracy_after", "tool_rate_before", "tool_rate_after"} <= set(summary)
     assert (run / "curves.png").stat().st_size > 10_000
     check_model_and_rollouts(run)

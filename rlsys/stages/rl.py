@@ -89,6 +89,7 @@ async def _start_both(run: Run, model: Path, stack: AsyncExitStack) -> tuple[Rol
         stack.push_async_callback(learners.close)
         stack.push_async_callback(fleet.close)
         await learners.open_weights(fleet)
+        run.directory.update_summary(**await fleet.isolation())
     return fleet, learners
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,23 @@ def test_nothing_succeeds_in_the_best_tier_and_every_family_is_tried() -> None:
     assert len(ATTACKS) >= 70
     assert set(Counter(attack.family for attack in ATTACKS)) == FAMILIES
     assert max(Counter(attack.name for attack in ATTACKS).values()) == 1
+
+
+def test_the_documentation_lists_what_succeeds_in_a_weaker_tier() -> None:
+    expected = [
+        f"| {attack.family}: {attack.name} | "
+        + " | ".join(
+            "succeeds" if tier in attack.succeeds_in else "depends" if tier in attack.depends_in else "denied"
+            for tier in ("T1", "T0")
+        )
+        + " |"
+        for attack in ATTACKS
+        if attack.succeeds_in or attack.depends_in
+    ]
+    page = (Path(__file__).parents[2] / "docs/sandbox.md").read_text()
+    table = page.partition("| attack | T1 | T0 |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == expected
+    assert f"tries {len(ATTACKS)} attacks" in page
 
 
 def test_every_attack_is_python_unless_that_is_the_attack() -> None:
