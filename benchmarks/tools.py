@@ -27,12 +27,18 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Sample, must, say
+from rlsys import cluster
+from rlsys.cluster import Actor
+from rlsys.config import ClusterConfig, PoolConfig, PooledPlugIn
+from rlsys.pool import ActorPool
+from rlsys.remote_tool import RemoteTool
 from rlsys.tools.python import GRACE_SECONDS, PythonTool
 from rlsys.tools.python_host import probe
 
@@ -118,7 +124,7 @@ def bubblewrap() -> list[str]:
     return command
 
 
-async def calls(tool: PythonTool, number: int) -> Sample:
+async def calls(tool: Any, number: int) -> Sample:
     """Calls in one live session."""
     session = await tool.open("calls")
     await session.call({"code": "x = 0"})
@@ -217,6 +223,40 @@ async def neighbours(tool: PythonTool, *, seconds: float, num_good: int, num_hos
     return {"seconds": time.perf_counter() - begin, "good": good, "rate": good / seconds, "latest_kill": max(late)}
 
 
+async def remote(number: int) -> dict[str, Any]:
+    """The same calls through a Ray actor that hosts the tool: seconds of one, and calls per second of 16 sessions."""
+    plug_in = PooledPlugIn(use="rlsys.tools.python:PythonTool", actors=PoolConfig(count=1, cpus=0.5))
+    cluster.connect(ClusterConfig())
+    try:
+        pool = ActorPool(plug_in, place="tools.0")
+        await pool.start()
+        tools = {"inline": PythonTool(), "remote": RemoteTool(PythonTool(), pool_config(plug_in))}
+
+        async def tell(actors: Sequence[Actor]) -> None:
+            tools["remote"].use_actors(actors)
+
+        await pool.serve(tell)
+        found: dict[str, Any] = {}
+        for name, tool in tools.items():
+            await calls(tool, 50)  # warm
+            one = await calls(tool, number)
+            begin = time.perf_counter()
+            await asyncio.gather(*(calls(tool, number // 4) for _ in range(16)))
+            rate = 16 * (number // 4) / (time.perf_counter() - begin)
+            found[name] = {"seconds": one["seconds"], "calls_per_second": rate}
+        await tools["inline"].close()
+        await pool.close()
+    finally:
+        cluster.disconnect()
+    return found
+
+
+def pool_config(plug_in: PooledPlugIn) -> PoolConfig:
+    """The pool's settings."""
+    must(plug_in.actors is not None, "no pool")
+    return plug_in.actors or PoolConfig()
+
+
 def jupyter(number: int) -> dict[str, Any] | None:
     """Starts and cells of Jupyter kernels; None where they are not installed."""
     if not JUPYTER.exists():
@@ -287,6 +327,10 @@ async def main() -> None:
     await tool.close()
     crowded = await crowd(options.crowd)
     say(f"{crowded['sessions']} sessions alive: {crowded['gib']:.2f} GiB (aim: 4)")
+    ray = await remote(400)
+    over = 1e3 * (ray["remote"]["seconds"] - ray["inline"]["seconds"])
+    rates = " and ".join(f"{ray[name]['calls_per_second']:.0f}/s {name}" for name in ("inline", "remote"))
+    say(f"a call through a Ray tool actor takes {over:.2f} ms more; 16 sessions make {rates}")
     common.write(
         "tools",
         options,
@@ -296,6 +340,7 @@ async def main() -> None:
             "jupyter": kernels,
             "latest_kill_seconds": latest,
             "crowd": crowded,
+            "ray": ray,
         },
     )
 

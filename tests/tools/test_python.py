@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -339,6 +340,36 @@ def test_a_fork_has_its_own_variables_and_files_from_there_on() -> None:
     assert results[:5] == ["", "([1, 2], '12')", "([1, 3], '13')", "([1, 4], '14')", "4"]
     assert "variables are kept" in results[5]
     assert results[6] == "[1, 4]"
+
+
+def test_a_thread_that_steals_the_permission_to_fork_gains_nothing() -> None:
+    thief = (
+        "import os, threading\n"
+        "def steal():\n"
+        "    while True:\n"
+        "        try: os.fork()\n"
+        "        except OSError: pass\n"
+        "for _ in range(3): threading.Thread(target=steal, daemon=True).start()"
+    )
+
+    async def main() -> int:
+        tool = PythonTool(forkable=True, timeout_seconds=2.0)
+        for number in range(4):
+            session = await tool.open(str(number))
+            await session.call({"code": thief})
+            with contextlib.suppress(RuntimeError):  # a thief was faster: then there is no copy
+                copy = await asyncio.wait_for(session.fork(), 30)
+                await copy.close()
+            await session.close()
+        assert tool._zygote is not None
+        place = tool._zygote._place
+        left = len(processes_of(place))
+        session = await tool.open("after")
+        assert (await session.call({"code": "6 * 7"})).text == "42"
+        await tool.close()
+        return left
+
+    assert _runner.run(main()) == 1
 
 
 def test_a_fork_is_lost_with_its_original_and_says_that_it_was_not_to_blame() -> None:
