@@ -83,7 +83,8 @@ def build_root(place: str, sources: "Iterable[str]") -> None:
         nodev = 0 if source in DEVICES else MS_NODEV
         make_read_only(target, flags=MS_RDONLY * bool(nodev) | MS_NOSUID | nodev, recursive=True)
     os.makedirs(place + WORK)
-    os.symlink(WORK.lstrip("/"), place + "/tmp")
+    if not os.path.exists(place + "/tmp"):  # it does where Python itself is installed below it
+        os.symlink(WORK.lstrip("/"), place + "/tmp")
     os.chdir(place)
     check(libc.syscall(ctypes.c_long(155 if machine == "x86_64" else 41), b".", b"."), "pivot_root()")
     check(libc.umount2(b".", MNT_DETACH), "umount2()")

@@ -284,6 +284,11 @@ def test_the_weaker_tiers_run_code_too(tier: str) -> None:
     assert "ZeroDivisionError" in results[3].text
 
 
+def test_an_interpreter_below_tmp_is_isolated_as_well(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    assert run("import os\n6 * 7", python=str(tmp_path / "env/bin/python"), tier="T2")[0].text == "42"
+
+
 def test_files_live_as_long_as_the_session_and_are_bounded() -> None:
     results = run(
         "open('a.txt', 'w').write('kept') and None",
