@@ -14,7 +14,7 @@ from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Aggregation, Config
 from rlsys.console import Console
 from rlsys.errors import DataError
-from rlsys.fleet import LearnerGroup
+from rlsys.fleet import LearnerGroup, RolloutFleet
 from rlsys.plugins import resolve
 from rlsys.records import RunDirectory
 from rlsys.types import Problem, Rollout, TrainBatch
@@ -87,3 +87,13 @@ async def save_checkpoint(store: CheckpointStore, learners: LearnerGroup, step: 
     draft = store.draft(step)
     await learners.save(draft / "learner")
     store.commit(draft, step=step, state=state)
+
+
+async def record_isolation(run: Run, fleet: RolloutFleet) -> None:
+    """Write into the summary how well tools isolate what they run, and warn where it is not the best tier."""
+    found = await fleet.isolation()
+    run.directory.update_summary(**found)
+    for name, tier in found.items():
+        if tier != "T2":
+            tool = name.removeprefix("isolation_")
+            run.console.say(f"warning: the tool {tool} runs in the weaker tier {tier}; `rlsys doctor` says what helps")

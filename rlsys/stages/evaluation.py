@@ -10,7 +10,7 @@ from pathlib import Path
 from rlsys.errors import TrainingStalledError
 from rlsys.fleet import RolloutFleet
 from rlsys.rollout import mean_metrics
-from rlsys.stages.common import Run, load_problems
+from rlsys.stages.common import Run, load_problems, record_isolation
 from rlsys.types import Problem, RolloutGroup
 
 
@@ -55,7 +55,7 @@ async def evaluation(run: Run, model: Path) -> Path:
         with run.console.waiting(f"starting {run.config.actors.count} rollout engines with {model}"):
             fleet = await RolloutFleet.start(run.config, str(model))
         stack.push_async_callback(fleet.close)
-        run.directory.update_summary(**await fleet.isolation())
+        await record_isolation(run, fleet)
         metrics = await evaluate(run, fleet, load_problems(run.config, "held_out"), stage="eval", step=0)
     run.directory.update_summary(accuracy=metrics["accuracy"], tool_rate=metrics["tool_rate"])
     return model

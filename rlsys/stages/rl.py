@@ -21,7 +21,7 @@ from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
 from rlsys.loop import Loop, LoopState
 from rlsys.plugins import resolve
 from rlsys.rollout import mean_metrics
-from rlsys.stages.common import Interrupted, Run, assemble, endless, load_problems, save_checkpoint
+from rlsys.stages.common import Interrupted, Run, assemble, endless, load_problems, record_isolation, save_checkpoint
 from rlsys.stages.evaluation import evaluate
 from rlsys.types import Problem, Rollout, RolloutGroup
 
@@ -89,7 +89,7 @@ async def _start_both(run: Run, model: Path, stack: AsyncExitStack) -> tuple[Rol
         stack.push_async_callback(learners.close)
         stack.push_async_callback(fleet.close)
         await learners.open_weights(fleet)
-        run.directory.update_summary(**await fleet.isolation())
+        await record_isolation(run, fleet)
     return fleet, learners
 
 
