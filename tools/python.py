@@ -169,6 +169,16 @@ async def _answer(zygote: ZygoteProcess) -> ZygoteProcess:
     return zygote
 
 
+def wrong_code(arguments: Any) -> str | None:
+    """What the policy reads where its arguments are not code of a sensible size; None where they are."""
+    code = arguments.get("code") if isinstance(arguments, Mapping) else None
+    if not isinstance(code, str):
+        return 'error: the arguments must be an object with one string, {"code": "..."}'
+    if len(code) > MAX_CODE_CHARACTERS:
+        return f"error: the code has {len(code)} characters; the limit is {MAX_CODE_CHARACTERS}"
+    return None
+
+
 class PythonSession:
     """One rollout's interpreter. Calls run one after the other; `close` ends it with all that it holds."""
 
@@ -191,13 +201,8 @@ class PythonSession:
         async with self._turn:
             if self._closed:
                 raise RuntimeError(f"the Python session of rollout {self.rollout_id!r} is closed")
-            code = arguments.get("code") if isinstance(arguments, Mapping) else None
-            if not isinstance(code, str):
-                text, ok = 'error: the arguments must be an object with one string, {"code": "..."}', False
-            elif len(code) > MAX_CODE_CHARACTERS:
-                text, ok = f"error: the code has {len(code)} characters; the limit is {MAX_CODE_CHARACTERS}", False
-            else:
-                text, ok = await self._run(code)
+            problem = wrong_code(arguments)
+            text, ok = (problem, False) if problem else await self._run(arguments["code"])
         return ToolResult(text=text, ok=ok, seconds=time.monotonic() - start)
 
     async def _run(self, code: str) -> tuple[str, bool]:
@@ -222,13 +227,16 @@ class PythonSession:
         shown = "\n".join(filter(None, (output.text().removesuffix("\n"), note)))
         return prefix + shown, bool(verdict)
 
-    async def _begin(self) -> None:
-        """Take a place and start an interpreter."""
+    async def _take_place(self) -> None:
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 await self.tool._places.acquire()
         except TimeoutError:
             raise ToolError(f"no place for another Python session within {WAIT_SECONDS:g} s") from None
+
+    async def _begin(self) -> None:
+        """Take a place and start an interpreter."""
+        await self._take_place()
         try:
             zygote = await self._zygote()
             seed = hashlib.sha256(self.rollout_id.encode("utf-8", "replace")).hexdigest()
@@ -261,7 +269,7 @@ class PythonSession:
             if not self.tool.forkable or self.tool.tier not in ("T2", None):
                 raise RuntimeError("this Python tool cannot fork its sessions: it needs `forkable: true` and tier T2")
             if self._clone is not None:
-                await self.tool._places.acquire()
+                await self._take_place()
                 try:
                     copy._clone = await self._clone.fork(self.tool.timeout_seconds)
                 except BaseException:

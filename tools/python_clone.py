@@ -20,6 +20,7 @@ from rlsys.tools.python_host import END_SECONDS, READ_BYTES, ZygoteProcess
 
 MAX_READS_BEHIND = 32  # of output, once the answer is there: a thread of the code may go on writing
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, call, architecture, ip, arguments
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _RECEIVE, _ANSWER, _CONTINUE, _EPERM = 0xC0502100, 0xC0182101, 1, 1
 _MAX_DENIED_FORKS = 1000
 PATIENCE_SECONDS = 0.05  # of CPU that a call may use before it gives way
@@ -38,6 +39,11 @@ class ForkGate:
         self.announced = 0
 
     def _answer(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        if not any(events & select.POLLIN for _, events in poll.poll(0)):  # nobody is left who could ask
+            self.close()
+            return
         buffer = bytearray(_NOTIFICATION.size)
         try:
             fcntl.ioctl(self._listener, _RECEIVE, buffer)
@@ -86,7 +92,7 @@ class Clone:
             finally:
                 for fd in theirs:
                     os.close(fd)
-            await clone._ready()
+            await clone._ready(descriptors=1)  # the listener; no code has run yet
         except BaseException:
             await clone.end()
             raise
@@ -102,16 +108,16 @@ class Clone:
         os.set_blocking(output, False)
         return cls(zygote, number, control, output), (theirs.detach(), writing)
 
-    async def _ready(self) -> int:
-        """Wait until it says that it is confined; returns its process id."""
+    async def _ready(self, *, descriptors: int = 0) -> int:
+        """Wait until it says that it is confined; returns its process id. So many descriptors are taken from it."""
         data, pid = b"", 0
         async with asyncio.timeout(END_SECONDS):
             while data != b"ready":
-                part, ancillary = await self._receive()
+                part, ancillary = await self._receive(descriptors)
                 data += part
                 for _, kind, content in ancillary:
                     if kind == socket.SCM_CREDENTIALS:
-                        pid = struct.unpack("=iII", content)[0]
+                        pid = _CREDENTIALS.unpack(content)[0]
                     elif kind == socket.SCM_RIGHTS:
                         fds = array.array("i", content)
                         self._gate = ForkGate(fds[0])
@@ -120,10 +126,12 @@ class Clone:
                     raise RuntimeError(f"an interpreter could not be confined: {data[1:].decode('utf-8', 'replace')}")
         return pid
 
-    async def _receive(self) -> tuple[bytes, list[Any]]:
+    async def _receive(self, descriptors: int = 0) -> tuple[bytes, list[Any]]:
+        """What is there, with the sender's credentials; the kernel drops descriptors for which there is no space."""
+        space = socket.CMSG_SPACE(_CREDENTIALS.size) + descriptors * socket.CMSG_SPACE(4)
         while True:
             try:
-                part, ancillary, _, _ = self._control.recvmsg(READ_BYTES, socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4))
+                part, ancillary, _, _ = self._control.recvmsg(READ_BYTES, space)
                 return part, ancillary
             except BlockingIOError:
                 await self._readable(self._control)
@@ -241,11 +249,10 @@ class Clone:
         self._close_ends()
 
     async def _end_original(self) -> int | None:
-        started = self._pidfd >= 0
         self._close_ends()
         if self._gate is not None:
             self._gate.close()
-        if not started or not self.zygote.usable():
+        if not self.zygote.usable():
             return None
         try:
             message, _ = await self.zygote.request("end", self._number)

@@ -13,7 +13,7 @@ import aiohttp
 
 from rlsys.errors import ToolError
 from rlsys.interfaces import ToolResult
-from rlsys.tools.python import MAX_CODE_CHARACTERS, PythonTool
+from rlsys.tools.python import PythonTool, wrong_code
 
 PROGRAM = "\n\n".join(
     Path(__file__).resolve().with_name(name).read_text() for name in ("output.py", "sandbox_fusion_cell.py")
@@ -118,13 +118,8 @@ class SandboxFusionSession:
         async with self._turn:
             if self._closed:
                 raise RuntimeError(f"the Python session of rollout {self.rollout_id!r} is closed")
-            code = arguments.get("code") if isinstance(arguments, Mapping) else None
-            if not isinstance(code, str):
-                text, ok = 'error: the arguments must be an object with one string, {"code": "..."}', False
-            elif len(code) > MAX_CODE_CHARACTERS:
-                text, ok = f"error: the code has {len(code)} characters; the limit is {MAX_CODE_CHARACTERS}", False
-            else:
-                text, ok = await self._run(code)
+            problem = wrong_code(arguments)
+            text, ok = (problem, False) if problem else await self._run(arguments["code"])
         return ToolResult(text=text, ok=ok, seconds=time.monotonic() - start)
 
     async def _run(self, code: str) -> tuple[str, bool]:

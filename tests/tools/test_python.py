@@ -377,6 +377,45 @@ def test_a_thread_that_steals_the_permission_to_fork_gains_nothing() -> None:
     assert _runner.run(main()) == 1
 
 
+def test_descriptors_that_code_sends_are_not_taken_and_a_silent_end_keeps_no_event_loop_busy() -> None:
+    # Behind the answers of a session stands its code: in a copy's first words it may send what it likes.
+    sends = (
+        "import array, socket, threading, time\n"
+        "def send():\n"
+        "    pipes = [socket.socketpair()[0].fileno() for _ in range(50)]\n"
+        "    while True:\n"
+        "        for fd in range(100, 140):\n"
+        "            try: socket.send_fds(socket.socket(fileno=fd), [b'L'], [pipes[0]])\n"
+        "            except OSError: pass\n"
+    )
+    ends = "import os, threading\nthreading.Timer(0.2, os._exit, (3,)).start()"
+
+    async def main() -> None:
+        tool = PythonTool(forkable=True)
+        await tool.start()
+        session = await tool.open("a")
+        await session.call({"code": sends + "threading.Thread(target=send, daemon=True).start()"})
+        before = len(os.listdir("/proc/self/fd"))
+        with contextlib.suppress(RuntimeError):
+            copy = await asyncio.wait_for(session.fork(), 30)
+            await copy.close()
+        assert len(os.listdir("/proc/self/fd")) <= before
+        await session.close()
+
+        quiet = await tool.open("b")
+        await quiet.call({"code": ends})
+        assert quiet._clone is not None
+        gate = quiet._clone._gate
+        assert gate is not None
+        await asyncio.sleep(0.6)
+        assert gate._listener == -1
+        assert "exit status 3" in (await quiet.call({"code": "1"})).text
+        await quiet.close()
+        await tool.close()
+
+    _runner.run(main())
+
+
 def test_a_fork_is_lost_with_its_original_and_says_that_it_was_not_to_blame() -> None:
     async def main() -> None:
         session = await tool_with(forkable=True).open("r")
