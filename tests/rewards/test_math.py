@@ -17,7 +17,7 @@ import pytest
 
 from rlsys.interfaces import RewardResult
 from rlsys.rewards import math as reward_math
-from rlsys.rewards.math import MathReward, compare_exactly, exact_value, find_answer, find_boxed, normalize
+from rlsys.rewards.math import MathReward
 from rlsys.rewards.pool import WorkerError, WorkerPool
 from rlsys.types import Problem, Rollout
 
@@ -80,100 +80,17 @@ def reward() -> Iterator[MathReward]:
     shared.close()
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        (r"so \boxed{1} and finally \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed {3}", "3"),
-        (r"\boxed{x = \boxed{5}}", "5"),
-        (r"\boxed{4} and then \boxed{5", "4"),
-        (r"{ } } \boxed{6}", "6"),
-        (r"\\\boxed{7}", "7"),
-        (r"\boxed{8} \\boxed{7}", "8"),
-        (r"<answer>1</answer> <answer>2</answer> the answer is 3", "2"),
-        (r"<answer>1</answer> \boxed{9}", "9"),
-        ("The answer is 3. I hope it is correct.", "3"),
-        ("The answer is 3.5.", "3.5"),
-        ("The final answer is: $\\frac12$ because", r"\frac12"),
-        ("Answer: \\(x+1\\) and more", "x+1"),
-        ("The answer is 1.\nNo, the answer is 2\nbye", "2"),
-    ],
-)
-def test_the_answer_is_the_last_box_then_the_last_tag_then_the_last_phrase(response: str, answer: str) -> None:
-    assert find_answer(response) == answer
-
-
-@pytest.mark.parametrize(
-    "response", ["", "no idea", r"\boxed{1", r"boxed{1}", "<answer>1", "</answer>1<answer>", "}}}{"]
-)
-def test_a_response_without_an_answer_has_none(response: str, reward: MathReward) -> None:
-    assert find_answer(response) is None
-    assert grade(reward, ("1", response)) == ["no_answer"]
-
-
 def test_an_empty_box_is_no_answer(reward: MathReward) -> None:
     assert grade(reward, ("1", r"\boxed{}"), ("1", r"\boxed{ $ }"), ("1", "<answer> </answer>")) == ["no_answer"] * 3
 
 
-def test_strict_counts_only_a_box() -> None:
-    strict = MathReward(strict=True, correct=2.0, wrong=-1.0)
+def test_a_form_that_is_demanded_is_the_only_one_that_counts() -> None:
+    strict = MathReward(form="boxed", correct=2.0, wrong=-1.0)
     assert grade(strict, ("1", "the answer is 1"), ("1", "<answer>1</answer>"), ("1", r"\boxed{1}")) == [
         "no_answer",
         "no_answer",
         "correct",
     ]
-
-
-def test_a_flood_of_braces_is_read_in_one_pass() -> None:
-    assert find_boxed(r"\boxed{" * 50_000) is None
-    assert find_boxed(r"\boxed{" * 50_000 + "1" + "}" * 50_000) == "1"
-    assert find_answer("<answer>" * 50_000 + "answer is " * 50_000 + " " * 50_000) is not None
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("-3", "-3"),
-        ("+1,024.50", "1024.5"),
-        (".5", "1/2"),
-        ("5.", "5"),
-        ("6/8", "3/4"),
-        (r"-\frac{5}{6}", "-5/6"),
-        (r"\dfrac56", "5/6"),
-        (r"1\frac{1}{2}", "3/2"),
-        ("-2 1/2", "-5/2"),
-        ("007", "7"),
-    ],
-)
-def test_plain_numbers_have_an_exact_value(text: str, value: str) -> None:
-    assert str(exact_value(text)) == str(exact_value(value))
-    assert exact_value(text) is not None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "1/0", "1e9", "1e999999999", "1,2", "1,0000", "x", "1 2", "2 3/2", "٣", "9" * 201, "--1", "1%"]
-)
-def test_everything_else_has_none(text: str) -> None:
-    assert exact_value(text) is None
-
-
-def test_exact_comparison_leaves_what_rounding_may_decide_to_the_worker() -> None:
-    assert compare_exactly("0.5", r"\frac12") is True
-    assert compare_exactly("1/3", "0.33") is False
-    assert compare_exactly("1/3", "0.3333333") is None
-    assert compare_exactly("10000001", "10000002") is False
-    assert compare_exactly("x", "1") is None
-
-
-def test_delimiters_and_common_signs_are_normalized() -> None:
-    spellings = ["$5$", r"\(5\)", r"\[ 5 \]", "$$5$$", "5.", " **5** ", r"\$5", "$5"]
-    assert [normalize(each) for each in spellings] == ["5"] * len(spellings)
-    assert normalize("−½") == "-1/2" or exact_value(normalize("−½")) == exact_value("-1/2")  # noqa: RUF001
-    assert exact_value(normalize("1½")) == exact_value("3/2")
-    assert normalize(r"10\,000") == "10000"
-    assert normalize("10{,}000") == "10,000"
 
 
 @pytest.mark.parametrize(
@@ -212,19 +129,19 @@ def test_a_problem_without_an_answer_is_an_error_that_names_it(reward: MathRewar
 
 
 def test_a_worker_that_is_killed_is_an_error_and_is_replaced(reward: MathReward) -> None:
-    assert grade(reward, ("x+1", r"\boxed{1+x}")) == ["correct"]
+    assert grade(reward, ("2^{x}", r"\boxed{2^{x-1} \cdot 2}")) == ["correct"]
     (pid,) = worker_ids(reward)
     os.kill(pid, signal.SIGKILL)
-    assert grade(reward, ("x+2", r"\boxed{2+x}")) == ["error"]
-    assert grade(reward, ("x+2", r"\boxed{2+x}")) == ["correct"]
+    assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["error"]
+    assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["correct"]
     assert worker_ids(reward) != [pid]
 
 
 def test_one_worker_is_used_again_from_any_thread_and_event_loop(reward: MathReward) -> None:
     statuses: list[str] = []
-    assert grade(reward, ("x+3", r"\boxed{3+x}")) == ["correct"]
+    assert grade(reward, ("4^{x}", r"\boxed{4^{x-1} \cdot 4}")) == ["correct"]
     before = worker_ids(reward)
-    pair = ("x+4", r"\boxed{4+x}")
+    pair = ("5^{x}", r"\boxed{5^{x-1} \cdot 5}")
     threads = [threading.Thread(target=lambda: statuses.extend(grade(reward, pair))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -242,13 +159,11 @@ def test_plain_numbers_need_no_worker() -> None:
 
 
 def test_hostile_answers_end_at_the_deadline_and_the_next_one_is_graded() -> None:
-    hostile = [r"9^{9^{9^9}}", r"(10^{10^8})!", "(" * 300 + "5" + ")" * 300]
+    hostile = [r"9^{9^{9^9}} - 9^{9^{9^9}} + 5", r"\lfloor (10^{10^8})! \rfloor"]
     short = MathReward(timeout_seconds=0.5, num_workers=2)
-    statuses = grade(short, *(("5", rf"\boxed{{{each}}}") for each in hostile))
-    assert statuses[:2] == ["timeout", "timeout"]
-    assert statuses[2] in {"timeout", "wrong", "error"}
+    assert grade(short, *(("5", rf"\boxed{{{each}}}") for each in hostile)) == ["timeout", "timeout"]
     short._pool._timeout_seconds = 20.0
-    assert grade(short, ("x+1", r"\boxed{1+x}")) == ["correct"]
+    assert grade(short, ("2^{x}", r"\boxed{2^{x-1} \cdot 2}")) == ["correct"]
     short.close()
 
 
@@ -320,7 +235,7 @@ import asyncio, os, pathlib, signal, threading
 from rlsys.rewards.pool import WorkerPool
 pool = WorkerPool(pathlib.Path("rewards/math_worker.py"), num_workers=1, timeout_seconds=1.0)
 async def ask():
-    await pool.ask({{"gold": "5", "answer": "9^{{9^{{9^9}}}}"}})
+    await pool.ask({{"gold": "5", "answer": "9^{{9^{{9^9}}}} - 1 + x"}})
 threading.Thread(target=asyncio.run, args=(ask(),)).start()
 while not pool._living or not next(iter(pool._living))._ready:
     pass
@@ -339,3 +254,5 @@ def test_options_without_sense_are_refused() -> None:
         MathReward(timeout_seconds=0)
     with pytest.raises(ValueError, match="num_workers"):
         MathReward(num_workers=0)
+    with pytest.raises(ValueError, match="any, boxed, tag, phrase, bare"):
+        MathReward(form="box")  # type: ignore[arg-type]

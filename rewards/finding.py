@@ -1,0 +1,158 @@
+r"""Where the final answer stands in a response, and one spelling for what can be spelled in several ways."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Literal
+
+from rlsys.rewards.untrusted import behind_thinking
+
+MAX_ANSWER_CHARACTERS = 4096
+"""No answer is longer; a response that stuffs its box is wrong, not work."""
+MAX_BOXES = 16
+"""So many of the last boxes are looked at for one that ends."""
+
+AnswerForm = Literal["any", "boxed", "tag", "phrase", "bare"]
+
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_PHRASE = re.compile(r"answer\s*(?:is\s*:?|:)\s*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
+_INLINE = re.compile(r"\$([^$\n]+)\$|\\\((.+?)\\\)")
+_LAST_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_LAST_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])", re.ASCII)
+_MIXED = re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)", re.ASCII)
+_ROOT = re.compile(r"√\s*(\d+|[a-z]|\([^()]*\))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\s*,\s*\\!\s*|\\,|\\ |\{,\}|,\\,|'|_)(?=\d{3}(?!\d))", re.ASCII)
+_SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?", re.ASCII)
+_EXPONENT = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_PLAIN = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+_SIGNS = str.maketrans(
+    {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "°": "^\\circ ", "％": "%"}  # noqa: RUF001
+    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8", "⁄": "/"}  # noqa: RUF001
+    | dict.fromkeys("\u00a0\u2009\u202f\u2007", " ")
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
+)
+
+
+def find_answer(response: str, *, form: AnswerForm = "any") -> str | None:
+    r"""The text of the final answer behind the thinking; None where there is none.
+
+    It is the last `\boxed{...}`, else the last `<answer>...</answer>`, else what follows the last "answer is" or
+    "answer:", else the last formula or number of the last line; this last one does not help a response that has begun
+    a box or a tag and not ended it. Another `form` than "any" takes only that one.
+    """
+    text = behind_thinking(response) if "think>" in response else response
+    if text is None:
+        return None
+    finders = {"boxed": find_boxed, "tag": _find_tag, "phrase": _find_phrase, "bare": _find_bare}
+    if form != "any":
+        return finders[form](text)
+    for name, find in finders.items():
+        if name == "bare" and ("\\boxed" in text or "<answer>" in text):
+            return None  # cut off in the middle of an answer, of which the number at the end may be a part
+        if (found := find(text)) is not None:
+            return found
+    return None
+
+
+def find_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` that ends, the inner one of two.
+
+    One whose end is more than MAX_ANSWER_CHARACTERS away is given so far: it is too long for an answer, and no earlier
+    box is the last one.
+    """
+    end = len(text)
+    for _ in range(MAX_BOXES):
+        end = text.rfind("boxed", 0, end)
+        if end < 0:
+            return None
+        start = text.rfind("\\", max(0, end - 2), end)
+        opening = _BOX.match(text, start) if start >= 0 and not _is_escaped(text, start) else None
+        if opening and (content := _balanced(text, opening.end())) is not None:
+            return content
+    return None
+
+
+def _is_escaped(text: str, backslash: int) -> bool:
+    r"""Whether an odd number of backslashes stands in front: `\\boxed` is a line break and a word."""
+    before = text[max(0, backslash - 64) : backslash]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """What stands from here to the brace that closes; None where none does."""
+    depth = 1
+    limit = start + MAX_ANSWER_CHARACTERS + 1
+    for mark in _BRACES.finditer(text, start, min(limit, len(text))):
+        depth += (mark[0] == "{") - (mark[0] == "}")
+        if depth == 0:
+            return text[start : mark.start()]
+    return text[start:limit] if limit < len(text) else None
+
+
+def _find_tag(text: str) -> str | None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end] if start >= 0 else None
+
+
+def _find_phrase(text: str) -> str | None:
+    start = -1
+    for phrase in _PHRASE.finditer(text):
+        start = phrase.end()
+    if start < 0:
+        return None
+    sentence = text[start : start + 2 * MAX_ANSWER_CHARACTERS]
+    if (stop := _SENTENCE_END.search(sentence)) is not None:
+        sentence = sentence[: stop.start()]
+    inline = _INLINE.search(sentence)
+    return ((inline[1] or inline[2]) if inline else sentence).strip() or None
+
+
+def _find_bare(text: str) -> str | None:
+    """A last line that is short enough to be an answer, or the last formula or number of the last line."""
+    line = text.rstrip().rpartition("\n")[2][-MAX_ANSWER_CHARACTERS:]
+    for pattern in (_LAST_FORMULA, _LAST_NUMBER):
+        if all_found := list(pattern.finditer(line)):
+            return next(filter(None, all_found[-1].groups()), all_found[-1][0])
+    return None
+
+
+def normalize(answer: str) -> str:
+    """The answer without its delimiters, a closing period and spacing commands, with common Unicode signs in LaTeX."""
+    text = answer.strip() if answer.isascii() else _to_ascii(answer).strip()
+    for left, right in _DELIMITERS:
+        inner = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and inner and left not in inner and right not in inner:
+            text = inner.strip()
+    text = _THOUSANDS.sub("", text).replace("\\!", "").replace("{,}", ".").replace("\\$", "$")
+    text = text.rstrip(". \n").removeprefix("$").strip()
+    if text.startswith("-$"):
+        text = "-" + text[2:]
+    if text[:1].isalpha():
+        return text
+    if mixed := _MIXED.fullmatch(text.lstrip("+-")):
+        sign = "-" if text.startswith("-") else ""
+        return rf"{sign}{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    if _SPACED_THOUSANDS.fullmatch(text):
+        return text.replace(" ", "")
+    if scientific := _EXPONENT.fullmatch(text):
+        return rf"{scientific[1]}*10^{{{scientific[2]}}}"
+    return text
+
+
+def _to_ascii(text: str) -> str:
+    """Digits of all scripts, superscripts and full-width letters as those of ASCII, and signs as LaTeX."""
+    text = _SUPERSCRIPTS.sub(lambda found: f"^{{{found[0].translate(_PLAIN)}}}", text)
+    text = _SUBSCRIPTS.sub(lambda found: f"_{{{found[0].translate(_PLAIN)}}}", text)
+    text = _ROOT.sub(r"\\sqrt{\1}", text.translate(_SIGNS)).replace("π", "\\pi ").replace("∞", "\\infty ")
+    text = text.replace("٫", ".").replace("٬", ",").replace("，", ",").replace("。", ".")  # noqa: RUF001
+    return "".join(
+        str(unicodedata.decimal(character)) if character.isdecimal() else unicodedata.normalize("NFKC", character)
+        for character in text
+    )
