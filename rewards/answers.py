@@ -22,8 +22,8 @@ MAX_ITEMS = 64
 
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(?:\\text\s*\{)?(\d{1,2})\}*")
 _DEGREES = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree)\s*$")
-_WRAPPED_UNIT = re.compile(rf"({WRAPPED})\s*(\^\s*\{{?[23]\}}?)?\s*$")
-_PLAIN_UNIT = re.compile(r"\s*([A-Za-z][A-Za-z./ ]{1,30}(?:\^\{?[23]\}?)?)$")
+_WRAPPED_UNIT = re.compile(rf"({WRAPPED})\s*(\^\s*(?:\{{\s*)?[23](?:\s*\}})?)?\s*$")
+_PLAIN_UNIT = re.compile(r"\s*([A-Za-z][A-Za-z./ ]{1,30}(?:\^\s*(?:\{\s*)?[23](?:\s*\})?)?)$")
 _INNER = re.compile(r"\{([^{}]*)\}")
 _COMMAS = frozenset([",", ";"])
 _RELATIONS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\in"])
@@ -90,7 +90,7 @@ def read(text: str) -> Form | None:
     if based := _BASED.fullmatch(text):
         return Based(based[1].lstrip("0").lower(), int(based[2]))
     try:
-        return _read(_with_commas(tokenize(text)), text)
+        return _read(_with_commas(tokenize(text)))
     except Unreadable:
         return None
 
@@ -107,8 +107,7 @@ def _with_commas(tokens: list[str]) -> list[str]:
     return found
 
 
-def _read(tokens: Sequence[str], text: str = "") -> Form:
-    """`text` is what the tokens were made from, where that is known: only there a unit is looked for."""
+def _read(tokens: Sequence[str]) -> Form:
     if not tokens:
         raise Unreadable("nothing")
     parts = split(tokens, _COMMAS)
@@ -132,7 +131,7 @@ def _read(tokens: Sequence[str], text: str = "") -> Form:
             return Group(tokens[0], tokens[-1], tuple(_read(part) for part in parts))
     if tokens[0] == r"\begin":
         return _matrix(tokens)
-    if text and (measured := _measured(text)) is not None:
+    if (measured := _measured(" ".join(tokens))) is not None:
         return measured
     scalars = read_scalars(tokens)
     return scalars[0] if len(scalars) == 1 else Collection(tuple(scalars), braces=False)
@@ -166,7 +165,7 @@ def _measured(text: str) -> Scalar | None:
         unit = "degree"
     elif found := _WRAPPED_UNIT.search(text):
         inner = _INNER.search(found[1])
-        unit = (inner[1].strip() if inner else "") + (found[2] or "").replace(" ", "")
+        unit = (inner[1].strip(" ~\\,") if inner else "") + (found[2] or "").replace(" ", "")
     elif (found := _PLAIN_UNIT.search(text)) and read_unit(found[1]) is not None:
         unit = found[1]
     else:

@@ -13,8 +13,10 @@ from rlsys.rewards.exact import PI, Exact, Huge
 from rlsys.rewards.expressions import Scalar
 from rlsys.rewards.units import read_unit
 
-TOLERANCE = 1e-6
-"""A decimal may differ so much from the reference, times the reference itself where that is below 1."""
+PLACES = 0.5e-6
+"""A decimal stands for an exact value that it is, rounded to six places, as long as it still has three digits of it."""
+NOISE = 1e-6
+"""Two decimals may differ so much, times the reference where that is below 1: as much as floating point may bring."""
 
 _UNWRAP = re.compile(r"^\\(?:text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|operatorname)\s*\{([^{}]*)\}$")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:]?|\(([A-Za-z])\)\s*\S.*|([A-Z])[.):]\s+\S.*", re.DOTALL)
@@ -56,7 +58,9 @@ def same_numbers(gold: str, answer: str) -> bool | None:
     number = plain_number(gold)
     if number is None or (found := plain_number(answer)) is None:
         return None
-    return number == found or (("." in gold or "." in answer) and _is_near(float(number), float(found)))
+    return number == found or (
+        ("." in gold or "." in answer) and _is_near(float(number), float(found), gold_is_decimal="." in gold)
+    )
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -77,8 +81,11 @@ def plain_number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def _is_near(gold: float, answer: float) -> bool:
-    return abs(gold - answer) <= TOLERANCE * min(1.0, abs(gold)) * (1 + 1e-9)
+def _is_near(gold: complex, answer: complex, *, gold_is_decimal: bool) -> bool:
+    difference, size = abs(gold - answer), abs(gold)
+    if gold_is_decimal:
+        return difference <= NOISE * min(1.0, size)
+    return difference <= PLACES * (1 + 1e-6) and difference <= 1e-3 * size
 
 
 def _choice(text: str) -> str | None:
@@ -220,7 +227,7 @@ def _same_value(gold: Scalar, answer: Scalar) -> bool | None:
     if result is False and (gold.decimal or answer.decimal):
         left, right = gold.value.approximate(), answer.value.approximate()
         if left is not None and right is not None:
-            return abs(left - right) <= TOLERANCE * min(1.0, abs(left)) * (1 + 1e-9)
+            return _is_near(left, right, gold_is_decimal=gold.decimal)
     return result
 
 

@@ -30,7 +30,7 @@ _SAME = {
     **dict.fromkeys((r"\leq", r"\leqslant", "≤"), r"\le"),
     **dict.fromkeys((r"\geq", r"\geqslant", "≥"), r"\ge"),
     **dict.fromkeys(("U", "\u222a"), r"\cup"),
-    **{"**": "^", "pi": r"\pi", "π": r"\pi", "sqrt": r"\sqrt", "±": r"\pm", r"\%": "%", "∈": r"\in", "in": r"\in"},
+    **{"**": "^", "pi": r"\pi", "π": r"\pi", "sqrt": r"\sqrt", "±": r"\pm", r"\%": "%", "∈": r"\in"},
     **{r"\lt": "<", r"\gt": ">", r"\lvert": "|", r"\rvert": "|", r"\lbrack": "[", r"\rbrack": "]"},
     **{r"\lparen": "(", r"\rparen": ")", r"\lbrace": r"\{", r"\rbrace": r"\}"},
 }

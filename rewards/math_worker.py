@@ -23,12 +23,14 @@ DIGITS = 30
 
 def grade(gold: str, answer: str) -> str:
     """Compare by Math-Verify, without its own time limits (`signal.alarm`): the pool keeps the time. Then by SymPy."""
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
     parsed_gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     if not parsed_gold:
         return "error"
-    parsed_answer = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    # Of the answer, all is read or nothing: the default would look for some number in what it cannot read.
+    whole = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    parsed_answer = parse(f"\\boxed{{{answer}}}", whole, fallback_mode="no_fallback", parsing_timeout=None)
     if verify(parsed_gold, parsed_answer, timeout_seconds=None):
         return "correct"
     if parsed_answer and agree_numerically(parsed_gold[0], parsed_answer[0]):

@@ -31,7 +31,7 @@ _FACTORS = {
     for names, factor in units.items()
     for name in names.split()
 }
-_POWER = re.compile(r"\^?\{?([23])\}?$")
+_POWER = re.compile(r"\^?\s*\{?\s*([23])\s*\}?$")
 _WORD_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 Unit = tuple[tuple[tuple[str, int], ...], Fraction]
@@ -41,7 +41,9 @@ Unit = tuple[tuple[tuple[str, int], ...], Fraction]
 @functools.lru_cache(maxsize=1024)
 def read_unit(text: str) -> Unit | None:
     """The unit that `text` names, such as "cm", "square inches" or "miles per hour"; None where it names none."""
-    above, *below = re.split(r"\s+per\s+|/", text.strip().lower().replace("mph", "miles per hour"))
+    above, *below = re.split(
+        r"\s+per\s+|/", re.sub(r"\s*\^\s*", "^", text.strip().lower()).replace("mph", "miles per hour")
+    )
     if len(below) > 1:
         return None
     parts = [(_single(above), 1), *((_single(part), -1) for part in below)]
