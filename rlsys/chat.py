@@ -126,8 +126,10 @@ class Chat:
             return [] if match is None else [self._checked("python", {"code": match["code"]})]
         if not turn_ended:
             return []
-        calls = [self._parse_json(match["body"]) for match in _TEMPLATE_CALL.finditer(text)]
-        if _OPEN_CALL in text.rpartition(_CLOSE_CALL)[2]:
+        # Only up to the last end of a call: behind it the pattern would look for one from every beginning again.
+        closed, end, rest = text.rpartition(_CLOSE_CALL)
+        calls = [self._parse_json(match["body"]) for match in _TEMPLATE_CALL.finditer(closed + end)]
+        if _OPEN_CALL in rest:
             error = f"The tool call is not closed. Write {_OPEN_CALL}{_SHAPE}{_CLOSE_CALL}."
             calls.append(ToolCall(name="", arguments={}, error=error))
         return calls

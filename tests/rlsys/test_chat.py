@@ -427,3 +427,10 @@ def test_a_template_that_does_not_render_tool_results_is_refused(template: str) 
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template
     Chat(tokenizer, [], tool_format="template")
+
+
+def test_a_flood_of_calls_that_are_not_closed_is_read_in_one_pass() -> None:
+    good = '<tool_call>{"name": "search", "arguments": {"query": "x"}}</tool_call>'
+    first, last = hermes(SEARCH).parse_calls(good + "<tool_call>" * 200_000, turn_ended=True)  # not hours
+    assert (first.error, first.arguments) == (None, {"query": "x"})
+    assert "is not closed" in str(last.error)
