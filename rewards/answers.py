@@ -6,6 +6,7 @@ order), a union of intervals, a matrix, an equation, or a number in another base
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from rlsys.rewards.exact import INFINITY, PI, Exact, Huge, Unreadable
 from rlsys.rewards.expressions import Scalar, read_scalars
-from rlsys.rewards.latex import WRAPPED, encloses, split, tokenize
+from rlsys.rewards.latex import THOUSANDS, WRAPPED, encloses, split, tokenize
 from rlsys.rewards.units import read_unit
 
 MAX_CHARACTERS = 400
@@ -83,16 +84,23 @@ Form = Scalar | Group | Collection | Union | Matrix | Equation | Based
 
 
 @functools.lru_cache(maxsize=4096)
-def read(text: str) -> Form | None:
-    """The form of an answer; None where it has none that is known here."""
+def read(text: str) -> tuple[Form, ...]:
+    """What an answer may mean: mostly one thing, nothing where it has no form that is known here.
+
+    In "(100,200)" there are two numbers or one with a comma between its thousands, so it means either.
+    """
     if len(text) > MAX_CHARACTERS:
-        return None
+        return ()
     if based := _BASED.fullmatch(text):
-        return Based(based[1].lstrip("0").lower(), int(based[2]))
-    try:
-        return _read(_with_commas(tokenize(text)))
-    except Unreadable:
-        return None
+        return (Based(based[1].lstrip("0").lower(), int(based[2])),)
+    spellings = [text]
+    if THOUSANDS.search(text):
+        spellings.append(THOUSANDS.sub(lambda found: found[0].replace(",", ""), text))
+    forms = []
+    for spelling in spellings:
+        with contextlib.suppress(Unreadable):  # the other one may be readable
+            forms.append(_read(_with_commas(tokenize(spelling))))
+    return tuple(forms)
 
 
 def _with_commas(tokens: list[str]) -> list[str]:

@@ -49,8 +49,10 @@ def same(gold: str, answer: str) -> bool | None:
         return False  # the reference is words or a letter for sure, and the answer is not the same
     if _DECIMAL_COMMA.fullmatch(answer) and answer.replace(",", ".") == gold:
         return True
-    left, right = read(gold), read(answer)
-    return None if left is None or right is None else _same(left, right)
+    results = [_same(left, right) for left in read(gold) for right in read(answer)]
+    if True in results:
+        return True
+    return None if None in results or not results else False
 
 
 def same_numbers(gold: str, answer: str) -> bool | None:
@@ -58,9 +60,11 @@ def same_numbers(gold: str, answer: str) -> bool | None:
     number = plain_number(gold)
     if number is None or (found := plain_number(answer)) is None:
         return None
-    return number == found or (
-        ("." in gold or "." in answer) and _is_near(float(number), float(found), gold_is_decimal="." in gold)
-    )
+    if number == found:
+        return True
+    if "," in gold or "," in answer:
+        return None  # perhaps several numbers of three digits
+    return ("." in gold or "." in answer) and _is_near(float(number), float(found), gold_is_decimal="." in gold)
 
 
 def plain_number(text: str) -> Fraction | None:

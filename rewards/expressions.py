@@ -174,13 +174,12 @@ class _Reader:
         raise Unreadable(f"{token!r} is not known here")
 
     def _number(self, token: str) -> Value:
-        text = token.replace(",", "")
-        self.decimal |= "." in text
-        if len(text) > exact.MAX_BITS // 4:
+        self.decimal |= "." in token
+        if len(token) > exact.MAX_BITS // 4:
             raise Unreadable("too many digits")
-        value = Fraction(text.rstrip(".") or "0")
+        value = Fraction(token.rstrip(".") or "0")
         if self._peek() == r"\overline":
-            return self._repeating(text)
+            return self._repeating(token)
         if self._peek() == r"\frac" and value.denominator == 1:
             return self._mixed(value)
         return Exact.number(value)

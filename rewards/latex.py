@@ -15,7 +15,9 @@ def _commands(names: str) -> frozenset[str]:
 
 WRAPPED = r"\\(?:text|mbox|mathrm|mathbf|mathit|textbf|textrm|textit|operatorname|bf|rm)\s*\{[^{}]*\}"
 """Words in a formula."""
-_NUMBERS = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+"
+_NUMBERS = r"\d+(?:\.\d*)?|\.\d+"
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
+"""A number with commas between its thousands, or several numbers of three digits."""
 _TOKENS = re.compile(rf"{WRAPPED}|{_NUMBERS}|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+|\S", re.ASCII)
 _SPACING = _commands(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits ! , ; : > quad qquad "
