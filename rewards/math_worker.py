@@ -1,27 +1,29 @@
-"""The program of one grading worker: reads pairs of answers, writes whether they mean the same.
+"""The program of a grading worker (`worker.py`): whether two answers mean the same, by Math-Verify and SymPy.
 
-A file of its own, run by path, because it must be killable at any moment (SymPy can be sent into hours of C code by
-one line of LaTeX) and must not import rlsys again. One JSON object a line in, `{"gold", "answer"}`; one word a line
-out: "ready" once, then "correct", "wrong" or "error" for each pair.
+It runs where it can be killed at any moment: one line of LaTeX can send SymPy into hours of C code.
 """
 
-import ctypes
-import json
-import logging
-import os
 import random
-import resource
-import signal
-import sys
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
-MAX_MEMORY_BYTES = 4 << 30
 NUM_POINTS = 4
 DIGITS = 30
 
 
-def grade(gold: str, answer: str) -> str:
+def warm() -> None:
+    """Import everything and go both ways once, so that no deadline pays for it."""
+    try:
+        compare("x + \\frac{1}{2}", "\\sqrt{2} x")
+    except ImportError as error:
+        raise ImportError(f"{error}; install it with `pip install math-verify`") from error
+
+
+def grade(request: dict[str, str]) -> str:
+    """ "correct", "wrong", or "error" where the reference cannot be read, for `{"gold", "answer"}`."""
+    return compare(request["gold"], request["answer"])
+
+
+def compare(gold: str, answer: str) -> str:
     """Compare by Math-Verify, without its own time limits (`signal.alarm`): the pool keeps the time. Then by SymPy."""
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -64,32 +66,3 @@ def agree_numerically(gold: Any, answer: Any) -> bool:
             return False
         agreed += 1
     return agreed >= min(2, NUM_POINTS if symbols else 1)
-
-
-def main() -> None:
-    """Serve until the pool closes the pipe or dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(sys.argv[1]):
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies = os.dup(1)
-    os.dup2(2, 1)  # what a library prints must not pass for a verdict
-    logging.disable()
-    try:
-        grade("x + \\frac{1}{2}", "\\sqrt{2} x")  # imports and warms both ways, so that no deadline pays for it
-    except ImportError as error:
-        os.write(replies, f"{error}; install it with `pip install math-verify`\n".encode())
-        return
-    os.write(replies, b"ready\n")
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            verdict = grade(request["gold"], request["answer"])
-        except Exception:  # untrusted input: whatever it made SymPy do is the verdict "error"
-            verdict = "error"
-        os.write(replies, verdict.encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 MAX_START_SECONDS = 120.0
 MAX_REPLY_BYTES = 4096
+_WORKER = Path(__file__).resolve().with_name("worker.py")
 
 
 class WorkerError(RuntimeError):
@@ -24,11 +27,12 @@ class WorkerError(RuntimeError):
 
 
 class WorkerPool:
-    """Runs a worker program in `num_workers` processes, started when first needed and used again and again.
+    """Runs a grading program in `num_workers` processes, started when first needed and used again and again.
 
-    The program gets its parent's process id as argument, writes "ready" once and then one line for each line of JSON.
-    Only the work counts against `timeout_seconds`, neither a worker's start nor the wait for a free one. Works from any
-    thread and event loop. No worker survives `close`, the collection of the pool or the end of this process.
+    `program` is a file with `warm()` and `grade(request) -> str` (`worker.py` runs it). A process that is killed at its
+    deadline has a successor in milliseconds, forked from a template that is warm. Only the work counts against
+    `timeout_seconds`, neither a worker's start nor the wait for a free one. Works from any thread and event loop. No
+    worker survives `close`, the collection of the pool or the end of this process.
     """
 
     def __init__(self, program: Path, *, num_workers: int, timeout_seconds: float) -> None:
@@ -60,9 +64,10 @@ class WorkerPool:
             worker = worker or self._start()
             worker.wait_until_ready()
             reply = worker.ask(line, self._timeout_seconds)
-            replacement = worker if reply else None
+            replacement = worker if reply or worker.is_ready else None
         except TimeoutError:
-            replacement = None if self._closed else self._start()  # warms up while other work goes on
+            if worker is not None and worker.renew():
+                replacement = worker
             raise
         finally:
             if worker is not None and replacement is not worker:
@@ -100,10 +105,12 @@ class _Worker:
     """One process of the program, with a pipe to it and one from it."""
 
     def __init__(self, program: Path) -> None:
-        self._ready = False
+        self._pid: int | None = None  # of the fork that serves, once it does
+        self._renewed = False  # whether the last one was killed
+        self._unread = b""
         self._process = subprocess.Popen(
             # -P: the program's folder may hold files named like modules of the standard library.
-            [sys.executable, "-P", str(program), str(os.getpid())],
+            [sys.executable, "-P", str(_WORKER), str(os.getpid()), str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -111,42 +118,68 @@ class _Worker:
         )
 
     def wait_until_ready(self) -> None:
-        """Wait for the program's imports, the first time only."""
-        if self._ready:
+        """Wait for the program's imports, the first time, or for the next fork."""
+        if self._pid is not None:
             return
         try:
-            answer = self._read_line(MAX_START_SECONDS)
+            while not self._note_ready(answer := self._read_line(MAX_START_SECONDS)):
+                if not self._renewed or not answer:
+                    reason = answer or "it died; its error output says why"
+                    raise WorkerError(f"a grading worker cannot start: {reason}")
         except TimeoutError:
             raise WorkerError(f"a grading worker did not start within {MAX_START_SECONDS:g} s") from None
-        if answer != "ready":
-            raise WorkerError(f"a grading worker cannot start: {answer or 'it died; its error output says why'}")
-        self._ready = True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a fork serves."""
+        return self._pid is not None
+
+    def _note_ready(self, line: str) -> bool:
+        """Whether the line says that a fork serves. Others, once there was one, are replies that came too late."""
+        word, _, pid = line.partition(" ")
+        if word != "ready":
+            return False
+        self._pid, self._renewed = int(pid), False
+        return True
 
     def ask(self, line: bytes, timeout_seconds: float) -> str:
-        """The reply to one request; empty where the worker died of it."""
+        """The reply to one request; empty where the fork, or the whole worker, died of it."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line)
         except BrokenPipeError:
+            self._pid = None
             return ""
-        return self._read_line(timeout_seconds)
+        reply = self._read_line(timeout_seconds)
+        return "" if self._note_ready(reply) else reply
+
+    def renew(self) -> bool:
+        """Kill the fork that serves; whether its template, which makes the next one, is alive."""
+        pid, self._pid, self._renewed = self._pid, None, True
+        if pid is None or self._process.poll() is not None:
+            return False
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+            os.kill(pid, signal.SIGKILL)
+        return True
 
     def _read_line(self, timeout_seconds: float) -> str:
         assert self._process.stdout is not None
-        fd, deadline, data = self._process.stdout.fileno(), time.monotonic() + timeout_seconds, b""
+        fd, deadline = self._process.stdout.fileno(), time.monotonic() + timeout_seconds
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        while not data.endswith(b"\n"):
+        while b"\n" not in self._unread:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
             chunk = os.read(fd, MAX_REPLY_BYTES)
-            if not chunk:
+            if not chunk:  # all of the worker has ended
+                self._pid = None
                 return ""
-            data += chunk
-        return data.decode("utf-8", "replace").strip()
+            self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode("utf-8", "replace").strip()
 
     def kill(self) -> None:
-        """End the process, wherever it is."""
+        """End the process, wherever it is; the fork that serves ends with it."""
         self._process.kill()
         self._process.wait()
 

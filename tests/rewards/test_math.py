@@ -49,11 +49,11 @@ def worker_ids(reward: MathReward) -> list[int]:
 
 
 def sleeper(folder: Path) -> Path:
-    """A worker program that takes a second to start and then sleeps as long as it is told."""
+    """A program that takes a second to start and then sleeps as long as it is told."""
     program = folder / "sleeper.py"
     program.write_text(
-        "import json, sys, time\ntime.sleep(1.0)\nprint('ready', flush=True)\n"
-        "for line in sys.stdin:\n    time.sleep(float(json.loads(line)['seconds']))\n    print('done', flush=True)\n"
+        "import os, time\ndef warm(): time.sleep(1.0)\n"
+        "def grade(request):\n    time.sleep(float(request['seconds']))\n    return 'done'\n"
     )
     return program
 
@@ -130,11 +130,42 @@ def test_a_problem_without_an_answer_is_an_error_that_names_it(reward: MathRewar
 
 def test_a_worker_that_is_killed_is_an_error_and_is_replaced(reward: MathReward) -> None:
     assert grade(reward, ("2^{x}", r"\boxed{2^{x-1} \cdot 2}")) == ["correct"]
-    (pid,) = worker_ids(reward)
-    os.kill(pid, signal.SIGKILL)
+    (template,) = worker_ids(reward)
+    (worker,) = reward._pool._living
+    assert worker._pid is not None
+    os.kill(worker._pid, signal.SIGKILL)
     assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["error"]
     assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["correct"]
-    assert worker_ids(reward) != [pid]
+    assert worker_ids(reward) == [template]  # which made another one
+    served = worker._pid
+    os.kill(template, signal.SIGKILL)
+    assert wait_until_ended([template, served])
+    assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["error"]
+    assert grade(reward, ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")) == ["correct"]
+    assert worker_ids(reward) != [template]
+
+
+def test_a_reply_that_comes_too_late_is_no_answer_to_the_next_question(tmp_path: Path) -> None:
+    program = tmp_path / "late.py"
+    program.write_text(
+        "import os, time\ndef warm(): time.sleep(0.2)\n"
+        "def grade(request):\n    if request['what'] == 'die':\n        time.sleep(0.2)\n        os._exit(1)\n"
+        "    return request['what']\n"
+    )
+
+    async def main() -> list[str]:
+        pool = WorkerPool(program, num_workers=1, timeout_seconds=1.0)
+        found = [await pool.ask({"what": "first"})]
+        (worker,) = pool._living
+        found.append(await pool.ask({"what": "die"}))
+        found.append(await pool.ask({"what": "second"}))
+        assert worker.renew()
+        worker._unread = b"late\n" + worker._unread
+        found.append(await pool.ask({"what": "third"}))
+        pool.close()
+        return found
+
+    assert asyncio.run(main()) == ["first", "", "second", "third"]
 
 
 def test_one_worker_is_used_again_from_any_thread_and_event_loop(reward: MathReward) -> None:
@@ -220,9 +251,9 @@ def test_close_ends_the_workers_even_in_the_middle(tmp_path: Path) -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path: Path) -> None:
     program = tmp_path / "broken.py"
-    program.write_text("print('no module named sums')")
+    program.write_text("def warm(): import sums_of_nothing")
     pool = WorkerPool(program, num_workers=1, timeout_seconds=1.0)
-    with pytest.raises(WorkerError, match="no module named sums"):
+    with pytest.raises(WorkerError, match="No module named 'sums_of_nothing'"):
         asyncio.run(pool.ask({}))
     pool.close()
 
@@ -237,7 +268,7 @@ pool = WorkerPool(pathlib.Path("rewards/math_worker.py"), num_workers=1, timeout
 async def ask():
     await pool.ask({{"gold": "5", "answer": "9^{{9^{{9^9}}}} - 1 + x"}})
 threading.Thread(target=asyncio.run, args=(ask(),)).start()
-while not pool._living or not next(iter(pool._living))._ready:
+while not pool._living or not next(iter(pool._living)).is_ready:
     pass
 print(*(worker._process.pid for worker in pool._living), flush=True)
 {ending}
