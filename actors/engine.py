@@ -54,8 +54,15 @@ class VllmEngine:
         }
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
 
+    async def start(self) -> None:
+        """Mark the weights that the engine was made with as version 0; for those that no learner updates."""
+        await self.resume(0)
+
     async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
-        """Continue `prompt`; every token comes with its log-prob and the version of the weights that wrote it."""
+        """Continue `prompt`; every token comes with its log-prob and the version of the weights that wrote it.
+
+        With `allowed_token_ids` no other token is written, and log-probs are normalised over these.
+        """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         stop = list(sampling["stop"])
@@ -64,6 +71,8 @@ class VllmEngine:
             top_p=sampling["top_p"],
             max_tokens=sampling["max_tokens"],
             ignore_eos=bool(sampling.get("ignore_eos", False)),
+            seed=sampling.get("seed"),
+            allowed_token_ids=sampling.get("allowed_token_ids"),
             stop=stop or None,
             detokenize=bool(stop),  # costs more than all else in the front end; `Completion.text` is empty without
             include_stop_str_in_output=True,
@@ -112,6 +121,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+        del self._llm  # vLLM keeps the frame that made it alive; at the interpreter's end its `__del__` would fail
 
 
 def _to_completion(output: Any) -> Completion:
