@@ -12,21 +12,25 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rlsys.rewards.exact import INFINITY, PI, Exact, Huge, Unreadable
+from rlsys.rewards.exact import INFINITY, PI, Exact, Huge, Unreadable, multiply
 from rlsys.rewards.expressions import Scalar, read_scalars
 from rlsys.rewards.latex import THOUSANDS, WRAPPED, encloses, split, tokenize
-from rlsys.rewards.units import read_unit
+from rlsys.rewards.units import MULTIPLES, read_unit
 
 MAX_CHARACTERS = 400
 """A longer answer is for a process with a deadline."""
 MAX_ITEMS = 64
 
-_BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(?:\\text\s*\{)?(\d{1,2})\}*")
+_BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\s*\{?\s*(?:\\text\s*\{)?\s*(?:base)?[\s}]*(\d{1,2}|[a-z]+)[\s}]*", re.ASCII)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _DEGREES = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree)\s*$")
 _WRAPPED_UNIT = re.compile(rf"({WRAPPED})\s*(\^\s*(?:\{{\s*)?[23](?:\s*\}})?)?\s*$")
 _PLAIN_UNIT = re.compile(r"\s*([A-Za-z][A-Za-z./ ]{1,30}(?:\^\s*(?:\{\s*)?[23](?:\s*\})?)?)$")
 _INNER = re.compile(r"\{([^{}]*)\}")
+_INFINITY = Exact.generator(INFINITY)
+_COLON = frozenset([":", "|"])
 _COMMAS = frozenset([",", ";"])
+_ORDER = frozenset(["<", ">", r"\le", r"\ge"])
 _RELATIONS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\in"])
 _MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array"])
 
@@ -91,8 +95,8 @@ def read(text: str) -> tuple[Form, ...]:
     """
     if len(text) > MAX_CHARACTERS:
         return ()
-    if based := _BASED.fullmatch(text):
-        return (Based(based[1].lstrip("0").lower(), int(based[2])),)
+    if (based := _BASED.fullmatch(text)) and (based[2].isdigit() or based[2] in _BASES):
+        return (Based(based[1].lstrip("0").lower(), _BASES.get(based[2]) or int(based[2])),)
     spellings = [text]
     if THOUSANDS.search(text):
         spellings.append(THOUSANDS.sub(lambda found: found[0].replace(",", ""), text))
@@ -104,12 +108,17 @@ def read(text: str) -> tuple[Form, ...]:
 
 
 def _with_commas(tokens: list[str]) -> list[str]:
-    """The tokens with commas for "and" and "or", and one comma where several would stand."""
+    """The tokens with commas for "and" and "or", and one comma where several would stand.
+
+    Between inequalities "or" unites, and "and" is left to be unreadable.
+    """
     found: list[str] = []
+    ordered = not _ORDER.isdisjoint(tokens)
+    signs = {"or": r"\cup"} if ordered else {"or": ",", "and": ","}
     for token in tokens:
         inner = _INNER.search(token) if len(token) > 1 and token[0] == "\\" else None
         word = (inner[1] if inner else token).strip(" ,").lower()
-        token = "," if word in ("and", "or") else token
+        token = signs.get(word, ":" if word == "to" else token)
         if token != "," or not found or found[-1] != ",":
             found.append(token)
     return found
@@ -132,17 +141,33 @@ def _read(tokens: Sequence[str]) -> Form:
     if encloses(tokens):
         parts = split(tokens[1:-1], _COMMAS)
         if tokens[0] == r"\{":
-            return Collection(_items(parts), braces=True)
+            return _set(tokens[1:-1], parts)
         if tokens[1] == r"\begin":
             return _matrix(tokens[1:-1])
         if len(parts) > 1:
             return Group(tokens[0], tokens[-1], tuple(_read(part) for part in parts))
-    if tokens[0] == r"\begin":
-        return _matrix(tokens)
+    if r"\begin" in tokens:
+        return _multiple(tokens)
+    if tokens == [r"\emptyset"]:
+        return Collection((), braces=True)
+    if tokens == [r"\mathbb", "{", "R", "}"]:
+        return Group("(", ")", (Scalar(value=-_INFINITY), Scalar(value=_INFINITY)))
+    if len(parts := split(tokens, _COLON)) > 1:
+        return Group(":", ":", tuple(_read(part) for part in parts))
     if (measured := _measured(" ".join(tokens))) is not None:
         return measured
     scalars = read_scalars(tokens)
     return scalars[0] if len(scalars) == 1 else Collection(tuple(scalars), braces=False)
+
+
+def _set(tokens: Sequence[str], parts: list[list[str]]) -> Form:
+    r"""What stands in braces: items, nothing, or a condition as in `\{x : x > 2\}`."""
+    if not tokens:
+        return Collection((), braces=True)
+    condition = split(tokens, _COLON)
+    if len(condition) == 2 and condition[0][:1] != [] and condition[0][0] in condition[1]:
+        return _read(condition[1])
+    return Collection(_items(parts), braces=True)
 
 
 def _items(parts: Iterable[Sequence[str]]) -> tuple[Form, ...]:
@@ -156,15 +181,30 @@ def _items(parts: Iterable[Sequence[str]]) -> tuple[Form, ...]:
 
 
 def _matrix(tokens: Sequence[str]) -> Matrix:
-    name = tokens[2]
-    start = 4
-    if name == "array" and tokens[start] == "{":
-        start = tokens.index("}", start) + 1
-    if name not in _MATRICES or list(tokens[-4:]) != [r"\end", "{", name, "}"]:
+    if len(tokens) < 9 or tokens[2] not in _MATRICES or list(tokens[-4:]) != [r"\end", "{", tokens[2], "}"]:
         raise Unreadable("no matrix")
+    start = 4
+    if tokens[2] == "array" and tokens[start] == "{":
+        start = list(tokens).index("}", start) + 1
     body = tokens[start:-4]
     rows = [row for row in split(body, frozenset([r"\\"])) if row]
     return Matrix(tuple(tuple(_read(cell) for cell in split(row, frozenset(["&"]))) for row in rows))
+
+
+def _multiple(tokens: Sequence[str]) -> Matrix:
+    """A matrix, perhaps with a number in front."""
+    start = list(tokens).index(r"\begin")
+    matrix = _matrix(tokens[start:])
+    if not start:
+        return matrix
+    (factor,) = read_scalars(tokens[:start])
+
+    def times(cell: Form) -> Scalar:
+        if not isinstance(cell, Scalar):
+            raise Unreadable("a matrix of what are no numbers")
+        return replace(cell, value=multiply(factor.value, cell.value))
+
+    return Matrix(tuple(tuple(map(times, row)) for row in matrix.rows))
 
 
 def _measured(text: str) -> Scalar | None:
@@ -174,7 +214,9 @@ def _measured(text: str) -> Scalar | None:
     elif found := _WRAPPED_UNIT.search(text):
         inner = _INNER.search(found[1])
         unit = (inner[1].strip(" ~\\,") if inner else "") + (found[2] or "").replace(" ", "")
-    elif (found := _PLAIN_UNIT.search(text)) and read_unit(found[1]) is not None:
+    elif (found := _PLAIN_UNIT.search(text)) and (
+        found[1].split()[0].lower() in MULTIPLES or read_unit(found[1]) is not None
+    ):
         unit = found[1]
     else:
         return None
@@ -184,7 +226,16 @@ def _measured(text: str) -> Scalar | None:
     scalars = read_scalars(tokenize(number))
     if len(scalars) != 1:
         raise Unreadable("two values with a unit")
-    return replace(scalars[0], unit=unit.strip().lower())
+    unit = unit.strip().lower()
+    multiple, _, rest = unit.partition(" ")
+    if multiple in MULTIPLES:
+        value = multiply(scalars[0].value, Exact.number(MULTIPLES[multiple]))
+        return replace(scalars[0], value=value, unit=rest.strip())
+    return replace(scalars[0], unit=unit)
+
+
+def _is_unit(text: str) -> bool:
+    return text.split()[0].lower() in MULTIPLES or read_unit(text) is not None
 
 
 def _relation(tokens: Sequence[str], parts: list[list[str]]) -> Form:
@@ -213,11 +264,10 @@ def _inequality(signs: list[str], sides: list[Form]) -> Group:
         signs, sides = [mirrored.get(sign, "") for sign in reversed(signs)], sides[::-1]
     if not set(signs) <= {"<", r"\le"}:
         raise Unreadable("an inequality in two directions")
-    infinity = Exact.generator(INFINITY)
     if len(sides) == 2 and _is_variable(sides[0]):
-        sides, signs = [Scalar(value=-infinity), *sides], ["<", *signs]
+        sides, signs = [Scalar(value=-_INFINITY), *sides], ["<", *signs]
     elif len(sides) == 2 and _is_variable(sides[1]):
-        sides, signs = [*sides, Scalar(value=infinity)], [*signs, "<"]
+        sides, signs = [*sides, Scalar(value=_INFINITY)], [*signs, "<"]
     if len(sides) != 3 or not _is_variable(sides[1]) or not all(map(_is_constant, (sides[0], sides[2]))):
         raise Unreadable("an inequality that is no interval")
     return Group("[" if signs[0] == r"\le" else "(", "]" if signs[1] == r"\le" else ")", (sides[0], sides[2]))

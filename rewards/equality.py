@@ -19,7 +19,11 @@ NOISE = 1e-6
 """Two decimals may differ so much, times the reference where that is below 1: as much as floating point may bring."""
 
 _UNWRAP = re.compile(r"^\\(?:text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|operatorname)\s*\{([^{}]*)\}$")
-_CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:]?|\(([A-Za-z])\)\s*\S.*|([A-Z])[.):]\s+\S.*", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?\(?([A-Za-z])\)?[.:]?|\(([A-Za-z])\)\s*\S.*|([A-Z])[.):]\s+\S.*"
+    r"|\\text(?:bf)?\{\(?([A-Z])\)?[.:]?\s*\}(?:\\|~|\s)\s*\S.*",
+    re.DOTALL | re.IGNORECASE,
+)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'-]{2,}(?:\s+[A-Za-z'-]+)*")
 _NUMBER = re.compile(
     r"\s*([+-]?)\s*(?:((?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*))(?:\.(\d*))?|(\d+)\s*/\s*(\d+)"
@@ -33,7 +37,7 @@ _ARTICLES = re.compile(r"^(?:an?|the)\s+")
 def same(gold: str, answer: str) -> bool | None:
     """Whether the answer is the reference answer; None where this cannot be said by exact arithmetic.
 
-    Both are normalized texts (`rlsys.rewards.finding.normalize`).
+    Both are normalized texts (`rlsys.rewards.spelling.normalize`).
     """
     if gold == answer:
         return True
@@ -129,6 +133,9 @@ def _same(gold: Form, answer: Form) -> bool | None:
         if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
             return False
         return _pairwise([cell for row in gold.rows for cell in row], [cell for row in answer.rows for cell in row])
+    if isinstance(gold, Matrix) and isinstance(answer, Group) and all(isinstance(row, Group) for row in answer.items):
+        rows = [row.items for row in answer.items if isinstance(row, Group)]
+        return _same(gold, Matrix(tuple(rows)))  # [[1, 2], [3, 4]]
     if isinstance(gold, Matrix | Union) or isinstance(answer, Matrix | Union):
         return None  # a column and a tuple, a union that is one interval
     return False  # one value and several

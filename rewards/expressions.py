@@ -15,6 +15,8 @@ from rlsys.rewards import exact
 from rlsys.rewards.exact import IMAGINARY, INFINITY, PI, Exact, Huge, Unreadable, Value
 from rlsys.rewards.latex import FACTORS, FUNCTIONS, GREEK
 
+_DIGITS = frozenset("0123456789.")
+_BASE_E = f"_{Exact.generator(exact.OPAQUE + 'e').key()}"
 MAX_DEPTH = 40
 """Nested brackets, fractions and roots."""
 
@@ -103,7 +105,7 @@ class _Reader:
                 self._take()
                 value = exact.divide(value, self._signed_factor())
             elif self._starts_factor(token):
-                if token[0].isdigit() or token[0] == ".":
+                if token[0] in _DIGITS:
                     raise Unreadable("a number right behind a factor")
                 value = exact.multiply(value, self._factor())
             else:
@@ -118,7 +120,7 @@ class _Reader:
 
     @staticmethod
     def _starts_factor(token: str) -> bool:
-        return bool(token) and (token[0].isalnum() or token[0] == "." or token in FACTORS)
+        return bool(token) and (token[0] in _DIGITS or (token.isascii() and token.isalpha()) or token in FACTORS)
 
     def _factor(self) -> Value:
         value = self._atom()
@@ -153,7 +155,7 @@ class _Reader:
         if token in ("(", "{", "["):
             return self._bracketed({"(": ")", "{": "}", "[": "]"}[token])
         self._take()
-        if token and (token[0].isdigit() or token[0] == "."):
+        if token[:1] in _DIGITS:
             return self._number(token)
         if token == r"\frac":
             return exact.divide(self._argument(), self._argument())
@@ -191,7 +193,7 @@ class _Reader:
         digits = self._take()
         self._expect("}")
         whole, point, fixed = text.partition(".")
-        if not point or not digits.isdigit():
+        if not point or not (digits.isascii() and digits.isdigit()):
             raise Unreadable("a line over what are no decimals")
         self.decimal = False  # exact, not rounded
         scale = 10 ** len(fixed)
@@ -212,7 +214,7 @@ class _Reader:
         token = self._peek()
         if token == "{":
             return self._bracketed("}")
-        if len(token) > 1 and token.isalnum():  # \frac43, \sqrt2x
+        if len(token) > 1 and token.isascii() and token.isalnum():  # \frac43, \sqrt2x
             self.tokens[self.position : self.position + 1] = [token[0], token[1:]]
             self._take()
             return Exact.number(int(token[0])) if token[0].isdigit() else self._letters(token[0])
@@ -224,7 +226,7 @@ class _Reader:
             self._take()
             token = self._take()
             self._expect("]")
-            if not token.isdigit() or not 2 <= int(token) <= exact.MAX_DEGREE:
+            if not (token.isascii() and token.isdigit()) or not 2 <= int(token) <= exact.MAX_DEGREE:
                 raise Unreadable("a root of an odd degree")
             degree = int(token)
         value = self._argument()
@@ -246,6 +248,8 @@ class _Reader:
             argument = self._factor()
             while self._starts_factor(self._peek()) and self._peek() not in FUNCTIONS:
                 argument = exact.multiply(argument, self._factor())
+        if (name, marks) == (r"\log", _BASE_E):
+            name, marks = r"\ln", ""
         return exact.function(name + marks, argument)
 
     def _letters(self, token: str) -> Value:
@@ -265,7 +269,7 @@ class _Reader:
             self.position = end + 1
         else:
             subscript = self._take()
-        if not subscript.isalnum():
+        if not (subscript.isascii() and subscript.isalnum()):
             raise Unreadable("a subscript that is no name")
         return Exact.generator(f"{name}_{subscript}")
 

@@ -1,9 +1,8 @@
-r"""Where the final answer stands in a response, and one spelling for what can be spelled in several ways."""
+r"""Where the final answer stands in a response."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Literal
 
 from rlsys.rewards.untrusted import behind_thinking
@@ -22,21 +21,6 @@ _SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 _INLINE = re.compile(r"\$([^$\n]+)\$|\\\((.+?)\\\)")
 _LAST_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LAST_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])", re.ASCII)
-_MIXED = re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)", re.ASCII)
-_ROOT = re.compile(r"√\s*(\d+|[a-z]|\([^()]*\))")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\s*,\s*\\!\s*|\\,|\\ |\{,\}|,\\,|'|_)(?=\d{3}(?!\d))", re.ASCII)
-_SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?", re.ASCII)
-_EXPONENT = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
-_SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
-_PLAIN = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-_SIGNS = str.maketrans(
-    {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "\\div ", "°": "^\\circ ", "％": "%"}  # noqa: RUF001
-    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8", "⁄": "/"}  # noqa: RUF001
-    | dict.fromkeys("\u00a0\u2009\u202f\u2007", " ")
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
-)
 
 
 def find_answer(response: str, *, form: AnswerForm = "any") -> str | None:
@@ -121,38 +105,3 @@ def _find_bare(text: str) -> str | None:
         if all_found := list(pattern.finditer(line)):
             return next(filter(None, all_found[-1].groups()), all_found[-1][0])
     return None
-
-
-def normalize(answer: str) -> str:
-    """The answer without its delimiters, a closing period and spacing commands, with common Unicode signs in LaTeX."""
-    text = answer.strip() if answer.isascii() else _to_ascii(answer).strip()
-    for left, right in _DELIMITERS:
-        inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and inner and left not in inner and right not in inner:
-            text = inner.strip()
-    text = _THOUSANDS.sub("", text).replace("\\!", "").replace("{,}", ".").replace("\\$", "$")
-    text = text.rstrip(". \n").removeprefix("$").strip()
-    if text.startswith("-$"):
-        text = "-" + text[2:]
-    if text[:1].isalpha():
-        return text
-    if mixed := _MIXED.fullmatch(text.lstrip("+-")):
-        sign = "-" if text.startswith("-") else ""
-        return rf"{sign}{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    if _SPACED_THOUSANDS.fullmatch(text):
-        return text.replace(" ", "")
-    if scientific := _EXPONENT.fullmatch(text):
-        return rf"{scientific[1]}*10^{{{scientific[2]}}}"
-    return text
-
-
-def _to_ascii(text: str) -> str:
-    """Digits of all scripts, superscripts and full-width letters as those of ASCII, and signs as LaTeX."""
-    text = _SUPERSCRIPTS.sub(lambda found: f"^{{{found[0].translate(_PLAIN)}}}", text)
-    text = _SUBSCRIPTS.sub(lambda found: f"_{{{found[0].translate(_PLAIN)}}}", text)
-    text = _ROOT.sub(r"\\sqrt{\1}", text.translate(_SIGNS)).replace("π", "\\pi ").replace("∞", "\\infty ")
-    text = text.replace("٫", ".").replace("٬", ",").replace("，", ",").replace("。", ".")  # noqa: RUF001
-    return "".join(
-        str(unicodedata.decimal(character)) if character.isdecimal() else unicodedata.normalize("NFKC", character)
-        for character in text
-    )

@@ -19,6 +19,7 @@ _NUMBERS = r"\d+(?:\.\d*)?|\.\d+"
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 """A number with commas between its thousands, or several numbers of three digits."""
 _TOKENS = re.compile(rf"{WRAPPED}|{_NUMBERS}|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+|\S", re.ASCII)
+_UPRIGHT = re.compile(r"\\math(?:rm|bf|it)\s*\{([ie])\}")
 _SPACING = _commands(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits ! , ; : > quad qquad "
     "mathrm mathbf mathit text"
@@ -34,6 +35,7 @@ _SAME = {
     **dict.fromkeys(("U", "\u222a"), r"\cup"),
     **{"**": "^", "pi": r"\pi", "π": r"\pi", "sqrt": r"\sqrt", "±": r"\pm", r"\%": "%", "∈": r"\in"},
     **{r"\lt": "<", r"\gt": ">", r"\lvert": "|", r"\rvert": "|", r"\lbrack": "[", r"\rbrack": "]"},
+    **{r"\varnothing": r"\emptyset", "\u2205": r"\emptyset", r"\colon": ":", r"\mid": ":"},
     **{r"\lparen": "(", r"\rparen": ")", r"\lbrace": r"\{", r"\rbrace": r"\}"},
 }
 FUNCTIONS = _commands(
@@ -51,6 +53,7 @@ _OPENING, _CLOSING = frozenset(["(", "[", "{", r"\{"]), frozenset([")", "]", "}"
 def tokenize(text: str) -> list[str]:
     """The text as tokens of one spelling each, without spaces and what only moves or sizes them."""
     tokens = [_SAME.get(token, token) for token in _TOKENS.findall(text)]
+    tokens = [_UPRIGHT.sub(r"\1", token) for token in tokens]
     tokens = [token for token in tokens if token not in _SPACING]
     return [rf"\{token}" if token in _PLAIN_FUNCTIONS else token for token in tokens]
 

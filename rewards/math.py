@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rlsys.interfaces import RewardResult
 from rlsys.rewards.equality import same, same_numbers
-from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, find_boxed, normalize
+from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, find_boxed
 from rlsys.rewards.pool import WorkerPool
+from rlsys.rewards.spelling import normalize
 from rlsys.types import Problem, Rollout
 
 MAX_BRACKETS = 200

@@ -4,10 +4,13 @@ It runs where it can be killed at any moment: one line of LaTeX can send SymPy i
 """
 
 import random
+import re
 from typing import Any
 
 NUM_POINTS = 4
 DIGITS = 30
+TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
+DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 
 
 def warm() -> None:
@@ -27,6 +30,7 @@ def compare(gold: str, answer: str) -> str:
     """Compare by Math-Verify, without its own time limits (`signal.alarm`): the pool keeps the time. Then by SymPy."""
     from math_verify import LatexExtractionConfig, parse, verify
 
+    gold, answer = in_radians(gold), in_radians(answer)
     parsed_gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     if not parsed_gold:
         return "error"
@@ -38,6 +42,13 @@ def compare(gold: str, answer: str) -> str:
     if parsed_answer and agree_numerically(parsed_gold[0], parsed_answer[0]):
         return "correct"
     return "wrong"
+
+
+def in_radians(text: str) -> str:
+    r"""`\cos 36^\circ` with pi for the degrees, which the parser would drop; "36 degrees" by itself stays as it is."""
+    if not TRIGONOMETRY.search(text):
+        return text
+    return DEGREES.sub(r"{\\frac{\1 \\pi}{180}}", text)
 
 
 def agree_numerically(gold: Any, answer: Any) -> bool:

@@ -34,6 +34,9 @@ _FACTORS = {
 _POWER = re.compile(r"\^?\s*\{?\s*([23])\s*\}?$")
 _WORD_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
+MULTIPLES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Words that stand behind a number and multiply it."""
+
 Unit = tuple[tuple[tuple[str, int], ...], Fraction]
 """The dimensions with their exponents, sorted, and the factor to the dimension's own unit."""
 

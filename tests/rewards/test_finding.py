@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, find_answer, find_boxed, normalize
+from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, find_answer, find_boxed
+from rlsys.rewards.spelling import normalize
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,10 @@ def test_a_flood_of_braces_is_bounded_work() -> None:
 @pytest.mark.parametrize(
     ("answer", "normal"),
     [
-        *((spelling, "5") for spelling in ("$5$", r"\(5\)", r"\[ 5 \]", "$$5$$", "5.", " **5** ", r"\$5", "$5", "`5`")),
+        *(
+            (spelling, "5")
+            for spelling in ("$5$", r"\(5\)", r"\[ 5 \]", "$$5$$", "5.", " **5** ", "`5`", r"\mathbf{5}")
+        ),
         ("−½", "- 1/2"),  # noqa: RUF001
         (r"10\,000", "10000"),
         ("10{,}000", "10000"),
@@ -96,7 +100,12 @@ def test_a_flood_of_braces_is_bounded_work() -> None:
         ("x²", "x^{2}"),
         ("√(x+1)", r"\sqrt{(x+1)}"),
         ("4\u200b2", "42"),
-        (r"-\$5", "-5"),
+        (r"-\$5", r"-5\text{ dollars}"),
+        ("$5", r"5\text{ dollars}"),
+        (r"0.1\dot{6}", r"0.1\overline{6}"),
+        ("0.333...", r"0.\overline{3}"),
+        (r"\text{The answer is } 7", "7"),
+        (r"\color{red}{\sqrt{5}}", r"\sqrt{5}"),
     ],
 )
 def test_answers_have_one_spelling(answer: str, normal: str) -> None:
