@@ -1,4 +1,4 @@
-"""Sources of problems: any callable that returns a list of `Problem` will do; these are the two that come along.
+"""Sources of problems: any callable that returns a list of `Problem` will do; these are the ones that come along.
 
 A config names a source as `module:object` with its options. Problems for training and for evaluation come from two
 calls: `reasoning_gym_problems` keeps them apart by the question's own hash, files are kept apart by being two files.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rlsys.columns import Columns, problems_of
 from rlsys.errors import ConfigError, DataError
+from rlsys.tables import did_you_mean, jsonl_rows, rows_of
 from rlsys.types import Problem
 
 Split = Literal["train", "held_out"]
@@ -23,6 +23,9 @@ Split = Literal["train", "held_out"]
 
 GSM8K_ANSWER = r"####\s*(.+)"
 """GSM8K writes its reasoning first and the final answer behind four hashes."""
+
+TASK_SIZE = 20_000
+"""Most tasks make any question when it is asked for. A few prepare so many before the first one, and have no others."""
 
 
 def split_of(question: str, held_out_share: float) -> Split:
@@ -76,20 +79,56 @@ def jsonl_problems(
     `<file name>-<line>`. Errors name the file, the line and what to change.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
-        raise DataError(f"{path}: no such file{_did_you_mean(near)}; `path` names a JSONL file of problems")
-    problems = [
-        Problem(
-            id=f"{path.stem}-{number}",
-            prompt=_prompt(_column(row, question, "question", path, number), instruction),
-            answer=_final_answer(_column(row, answer, "answer", path, number), answer_pattern),
-            source=path.stem,
-        )
-        for number, row in itertools.islice(_rows(path), limit)
-    ]
+    columns = Columns(question=question, answer=answer, answer_pattern=answer_pattern, instruction=instruction)
+    return _some(problems_of(jsonl_rows(path), columns, name=path.stem, limit=limit), path)
+
+
+def dataset_problems(
+    *,
+    path: str,
+    name: str | None = None,
+    split: str | None = None,
+    question: str | None = None,
+    messages: str | None = None,
+    answer: str | None = "answer",
+    source: str | None = None,
+    id: str | None = None,
+    metadata: Sequence[str] | Mapping[str, str] = (),
+    answer_pattern: str = GSM8K_ANSWER,
+    instruction: str = "",
+    limit: int | None = None,
+) -> list[Problem]:
+    """The problems of any data set, its columns mapped by name.
+
+    `path` is a .parquet, .jsonl, .json or .csv file, a folder (of `save_to_disk`, or of such files) or a name on the
+    Hugging Face hub; `name` and `split` choose a part of the last two ("train", where there is more than one split).
+    The prompt is the text in the column `question` (the default) or the chat messages in the column `messages`, with
+    `instruction` behind the last message of the user. `answer` may be None where the reward needs none; of a text it
+    is the first group of `answer_pattern` where that is found. `metadata` lists columns to keep, or maps keys to
+    columns. Dots reach into nested columns: `reward_model.ground_truth`. Lists and objects in a column of text
+    become JSON.
+
+    Without a column for it, the source of a problem is the name of the file or data set, and its id that name with
+    the row's number. Folders and the hub need the package `datasets`. Errors name the file, the row, the column and the
+    nearest one that exists.
+    """
+    columns = Columns(
+        question="question" if question is None and messages is None else question,
+        messages=messages,
+        answer=answer,
+        source=source,
+        id=id,
+        metadata=metadata if isinstance(metadata, Mapping) else {column: column for column in metadata},
+        answer_pattern=answer_pattern,
+        instruction=instruction,
+    )
+    called = "-".join(filter(None, (Path(path).stem, name, split)))
+    return _some(problems_of(rows_of(path, name, split), columns, name=called, limit=limit), path)
+
+
+def _some(problems: list[Problem], path: str | Path) -> list[Problem]:
     if not problems:
-        raise DataError(f"{path}: no problem in it; the file needs one JSON object per line and `limit` must not be 0")
+        raise DataError(f"{path}: no problem in it; each row (in a JSONL file, each line) is one")
     return problems
 
 
@@ -102,10 +141,13 @@ def _new_entries(task: str, options: Mapping[str, Any], seed: int) -> Iterator[t
     config = DATASETS[task][1]
     for option in options:
         _choice(f"option of {task!r}", option, config.__dataclass_fields__)
-    dataset = reasoning_gym.create_dataset(task, **{**options, "seed": seed, "size": 2**31})
+    dataset = reasoning_gym.create_dataset(task, **{**options, "seed": seed, "size": TASK_SIZE})
     seen: set[str] = set()
     for index in itertools.count():
-        entry = dataset[index]
+        try:
+            entry = dataset[index]
+        except IndexError as error:
+            raise ConfigError(f"task {task!r} has no question after the first {index}; lower `size`") from error
         new = entry["question"] not in seen
         seen.add(entry["question"])
         yield index, entry if new else None
@@ -143,40 +185,10 @@ def _to_problems(
         yield Problem(
             id=f"{task}-{seed}-{index}",
             prompt=_prompt(entry["question"], instruction),
-            answer=str(entry["answer"]),
+            answer=None if entry["answer"] is None else str(entry["answer"]),  # some tasks have a verifier only
             source=task,
             metadata=entry["metadata"],
         )
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = f"not JSON, {error.msg} at column {error.colno}"
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: each line must be one JSON object {{...}}, got {row!r:.200}")
-            yield number, row
-
-
-def _column(row: Mapping[str, Any], name: str, option: str, path: Path, number: int) -> str:
-    if row.get(name) is None:
-        near = difflib.get_close_matches(name, row, n=1, cutoff=0.4)
-        raise DataError(
-            f"{path}:{number}: no column {name!r}{_did_you_mean(near)}; "
-            f"set the option `{option}` to one of {sorted(row)}"
-        )
-    return str(row[name])
-
-
-def _final_answer(text: str, pattern: str) -> str:
-    found = re.search(pattern, text)
-    return (found.group(1) if found else text).strip()
 
 
 def _prompt(question: str, instruction: str) -> tuple[dict[str, str], ...]:
@@ -189,9 +201,5 @@ def _choice(what: str, value: str, allowed: Iterable[str]) -> str:
     if value not in names:
         near = difflib.get_close_matches(value, names, n=1)
         known = f"; known: {', '.join(names)}" if len(names) <= 12 else ""
-        raise ConfigError(f"unknown {what} {value!r}{_did_you_mean(near)}{known}")
+        raise ConfigError(f"unknown {what} {value!r}{did_you_mean(near)}{known}")
     return value
-
-
-def _did_you_mean(near: Sequence[str]) -> str:
-    return f" (did you mean {near[0]!r}?)" if near else ""
