@@ -52,7 +52,7 @@ _NONE = np.zeros(0, np.int32)
 EMPTY = Rollout(
     tokens=_NONE, loss_mask=_NONE.astype(np.bool_), logprobs=_NONE.astype(np.float32), versions=_NONE, response=""
 )
-BY_HAND = Path(__file__).parent / "answers_by_hand.jsonl"
+BY_HAND = ("answers_by_hand", "answers_held_out")
 
 
 def response(form: Form) -> str:
@@ -94,12 +94,12 @@ def real_forms(folder: Path) -> list[Form]:
     return [form for source, gold in read_answers(folder) for form in rewrite(source, gold, generator)]
 
 
-def forms_by_hand() -> list[Form]:
-    """The pairs that were labelled by hand."""
-    rows = [json.loads(line) for line in BY_HAND.read_text().splitlines()]
+def forms_by_hand(name: str) -> list[Form]:
+    """The pairs of a file that were labelled by hand."""
+    path = Path(__file__).parent / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
-        Form(source="by hand", gold=row["gold"], answer=row["answer"], rule=row["why"], right=row["right"])
-        for row in rows
+        Form(source=name, gold=row["gold"], answer=row["answer"], rule=row["why"], right=row["right"]) for row in rows
     ]
 
 
@@ -325,7 +325,8 @@ async def main() -> None:
     os.environ["PYTHONPATH"] = str(Path.cwd())  # for the Ray actor
     results: dict[str, Any] = {}
     if options.only in (None, "accuracy"):
-        results["by hand"] = await accuracy(forms_by_hand(), "by hand")
+        for name in BY_HAND:
+            results[name] = await accuracy(forms_by_hand(name), name)
         if options.data is not None:
             results["real"] = await accuracy(real_forms(options.data), "real problems")
     if options.only in (None, "throughput"):

@@ -42,7 +42,8 @@ from rlsys.actors.engine import VllmEngine
 from rlsys.chat import Chat
 from rlsys.config import ChatConfig, SamplingConfig
 from rlsys.interfaces import ToolResult
-from rlsys.rollout import RewardTerm, run_rollout
+from rlsys.reward_terms import RewardTerm
+from rlsys.rollout import run_rollout
 from rlsys.types import Completion, Problem, Rollout
 
 MAX_TURNS, CALL, OUTPUT = 5, "```python\n0\n```\n", "0"
