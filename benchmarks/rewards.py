@@ -41,9 +41,9 @@ from benchmarks.reward_forms import HOSTILE, KINDS, STUBBORN, Form, fresh, read_
 from rlsys import cluster
 from rlsys.cluster import Demand
 from rlsys.config import ClusterConfig
-from rlsys.rewards.equality import same
+from rlsys.rewards.answers.equality import same
+from rlsys.rewards.answers.spelling import normalize
 from rlsys.rewards.math import MathReward
-from rlsys.rewards.spelling import normalize
 from rlsys.types import Problem, Rollout
 
 FILLER = "So we compute the next step and look at what we have. " * 95

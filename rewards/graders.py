@@ -14,14 +14,14 @@ from typing import Any, Protocol
 from rlsys.errors import ConfigError
 from rlsys.interfaces import RewardResult
 from rlsys.plugins import run_hook
-from rlsys.rewards.grader_formula import FUNCTIONS, Formula
-from rlsys.rewards.grader_model import ScoreModelGrader
-from rlsys.rewards.grader_python import PythonGrader
-from rlsys.rewards.grader_schema import JsonSchemaGrader
-from rlsys.rewards.grader_services import Services
-from rlsys.rewards.grader_spec import Spec
-from rlsys.rewards.grader_template import Template
-from rlsys.rewards.grader_values import AbsentError, GradingError, Values, item_of, sample_of
+from rlsys.rewards.specs.formula import FUNCTIONS, Formula
+from rlsys.rewards.specs.model import ScoreModelGrader
+from rlsys.rewards.specs.python import PythonGrader
+from rlsys.rewards.specs.schema import JsonSchemaGrader
+from rlsys.rewards.specs.services import Services
+from rlsys.rewards.specs.spec import Spec
+from rlsys.rewards.specs.template import Template
+from rlsys.rewards.specs.values import AbsentError, GradingError, Values, item_of, sample_of
 from rlsys.types import Problem, Rollout
 
 MAX_COMPARED_CHARACTERS = 100_000

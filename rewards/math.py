@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlsys.interfaces import RewardResult
-from rlsys.rewards.equality import same, same_numbers
-from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, find_boxed
+from rlsys.rewards.answers.equality import same, same_numbers
+from rlsys.rewards.answers.finding import MAX_ANSWER_CHARACTERS, AnswerForm, find_answer, find_boxed
+from rlsys.rewards.answers.spelling import normalize
 from rlsys.rewards.pool import WorkerPool
-from rlsys.rewards.spelling import normalize
 from rlsys.types import Problem, Rollout
 
 MAX_BRACKETS = 200
@@ -23,7 +23,7 @@ class MathReward:
     `<answer>...</answer>`, else what follows the last "answer is" or "answer:", else the last formula or number of the
     last line; with another `form` than "any" only a box ("boxed"), a tag ("tag"), and so on, counts.
 
-    Equality is decided by exact arithmetic where that is possible (`rlsys.rewards.equality`: most answers, in
+    Equality is decided by exact arithmetic where that is possible (`rlsys.rewards.answers.equality`: most answers, in
     microseconds), else by Math-Verify and then by SymPy in one of `num_workers` processes, which is killed after
     `timeout_seconds` of work on one pair.
 

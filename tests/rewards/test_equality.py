@@ -10,12 +10,12 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.rewards.equality import plain_number, same
-from rlsys.rewards.exact import HUGE, Unreadable
-from rlsys.rewards.expressions import read_scalars
-from rlsys.rewards.latex import tokenize
-from rlsys.rewards.spelling import normalize
-from rlsys.rewards.units import read_unit
+from rlsys.rewards.answers.equality import plain_number, same
+from rlsys.rewards.answers.exact import HUGE, Unreadable
+from rlsys.rewards.answers.expressions import read_scalars
+from rlsys.rewards.answers.latex import tokenize
+from rlsys.rewards.answers.spelling import normalize
+from rlsys.rewards.answers.units import read_unit
 
 
 def pairs(text: str) -> list[tuple[str, str]]:

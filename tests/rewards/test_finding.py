@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlsys.rewards.finding import MAX_ANSWER_CHARACTERS, find_answer, find_boxed
-from rlsys.rewards.spelling import normalize
+from rlsys.rewards.answers.finding import MAX_ANSWER_CHARACTERS, find_answer, find_boxed
+from rlsys.rewards.answers.spelling import normalize
 
 
 @pytest.mark.parametrize(

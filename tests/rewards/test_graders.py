@@ -18,11 +18,11 @@ import yaml
 
 from rlsys.errors import ConfigError
 from rlsys.interfaces import RewardResult
-from rlsys.rewards.grader_formula import Formula
-from rlsys.rewards.grader_model import score_of
-from rlsys.rewards.grader_values import MAX_JSON_CHARACTERS, GradingError, sample_of, strict_json
-from rlsys.rewards.grader_worker import similarity
 from rlsys.rewards.graders import MAX_COMPARED_CHARACTERS, GraderReward
+from rlsys.rewards.specs.formula import Formula
+from rlsys.rewards.specs.model import score_of
+from rlsys.rewards.specs.values import MAX_JSON_CHARACTERS, GradingError, sample_of, strict_json
+from rlsys.rewards.specs.worker import similarity
 from rlsys.types import Problem, Rollout
 
 EMPTY = Rollout(

@@ -9,9 +9,9 @@ import secrets
 
 from rlsys.errors import ToolError
 from rlsys.interfaces import RewardResult, ToolResult
-from rlsys.rewards.grader_services import Services
-from rlsys.rewards.grader_spec import Spec
-from rlsys.rewards.grader_values import GradingError, Values, plain
+from rlsys.rewards.specs.services import Services
+from rlsys.rewards.specs.spec import Spec
+from rlsys.rewards.specs.values import GradingError, Values, plain
 from rlsys.tools.python import MAX_CODE_CHARACTERS, PythonSession
 
 MAX_DATA_CHARACTERS = 4_000_000

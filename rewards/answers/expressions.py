@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from rlsys.rewards import exact
-from rlsys.rewards.exact import IMAGINARY, INFINITY, PI, Exact, Huge, Unreadable, Value
-from rlsys.rewards.latex import FACTORS, FUNCTIONS, GREEK
+from rlsys.rewards.answers import exact
+from rlsys.rewards.answers.exact import IMAGINARY, INFINITY, PI, Exact, Huge, Unreadable, Value
+from rlsys.rewards.answers.latex import FACTORS, FUNCTIONS, GREEK
 
 _DIGITS = frozenset("0123456789.")
 _BASE_E = f"_{Exact.generator(exact.OPAQUE + 'e').key()}"

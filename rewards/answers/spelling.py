@@ -51,7 +51,8 @@ def normalize(answer: str) -> str:
         text = _REPEATING.sub(r"\1\\overline{\2}", text)
     text = text.rstrip(". \n")
     if text.startswith(("$", "-$")):
-        text = text.replace("$", "", 1).strip() + ("" if "dollar" in text or "cent" in text else r"\text{ dollars}")
+        text = text.replace("$", "", 1).strip()
+        text += r"\text{ dollars}" if text and "dollar" not in text and "cent" not in text else ""
     if (said := _of_words(text)) is not None:
         return said
     if text[:1].isalpha():

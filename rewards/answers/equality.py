@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from rlsys.rewards import exact
-from rlsys.rewards.answers import Based, Collection, Equation, Form, Group, Matrix, Union, read
-from rlsys.rewards.exact import PI, Exact, Huge
-from rlsys.rewards.expressions import Scalar
-from rlsys.rewards.units import read_unit
+from rlsys.rewards.answers import exact
+from rlsys.rewards.answers.exact import PI, Exact, Huge
+from rlsys.rewards.answers.expressions import Scalar
+from rlsys.rewards.answers.forms import Based, Collection, Equation, Form, Group, Matrix, Union, read
+from rlsys.rewards.answers.units import read_unit
 
 PLACES = 0.5e-6
 """A decimal stands for an exact value that it is, rounded to six places, as long as it still has three digits of it."""
@@ -37,7 +37,7 @@ _ARTICLES = re.compile(r"^(?:an?|the)\s+")
 def same(gold: str, answer: str) -> bool | None:
     """Whether the answer is the reference answer; None where this cannot be said by exact arithmetic.
 
-    Both are normalized texts (`rlsys.rewards.spelling.normalize`).
+    Both are normalized texts (`rlsys.rewards.answers.spelling.normalize`).
     """
     if gold == answer:
         return True

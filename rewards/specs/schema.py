@@ -14,10 +14,10 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from rlsys.interfaces import RewardResult
-from rlsys.rewards.grader_services import Services
-from rlsys.rewards.grader_spec import Spec
-from rlsys.rewards.grader_template import Template
-from rlsys.rewards.grader_values import Values, strict_json
+from rlsys.rewards.specs.services import Services
+from rlsys.rewards.specs.spec import Spec
+from rlsys.rewards.specs.template import Template
+from rlsys.rewards.specs.values import Values, strict_json
 
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _DATA = ("const", "enum", "default", "examples")  # what looks like a reference inside these is a value

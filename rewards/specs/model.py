@@ -9,9 +9,9 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.interfaces import RewardResult
-from rlsys.rewards.grader_services import Services
-from rlsys.rewards.grader_spec import Spec, is_number
-from rlsys.rewards.grader_values import AbsentError, GradingError, Values, strict_json
+from rlsys.rewards.specs.services import Services
+from rlsys.rewards.specs.spec import Spec, is_number
+from rlsys.rewards.specs.values import AbsentError, GradingError, Values, strict_json
 from rlsys.rewards.untrusted import behind_thinking, visible
 
 ROLES = ("system", "developer", "user", "assistant")

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rlsys.rewards.exact import INFINITY, PI, Exact, Huge, Unreadable, multiply
-from rlsys.rewards.expressions import Scalar, read_scalars
-from rlsys.rewards.latex import THOUSANDS, WRAPPED, encloses, split, tokenize
-from rlsys.rewards.units import MULTIPLES, read_unit
+from rlsys.rewards.answers.exact import INFINITY, PI, Exact, Huge, Unreadable, multiply
+from rlsys.rewards.answers.expressions import Scalar, read_scalars
+from rlsys.rewards.answers.latex import THOUSANDS, WRAPPED, encloses, split, tokenize
+from rlsys.rewards.answers.units import MULTIPLES, read_unit
 
 MAX_CHARACTERS = 400
 """A longer answer is for a process with a deadline."""

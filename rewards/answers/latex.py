@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rlsys.rewards.exact import Unreadable
+from rlsys.rewards.answers.exact import Unreadable
 
 
 def _commands(names: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from jinja2 import ChainableUndefined, StrictUndefined, TemplateSyntaxError, Und
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlsys.errors import ConfigError
-from rlsys.rewards.grader_values import AbsentError, GradingError, Values, plain
+from rlsys.rewards.specs.values import AbsentError, GradingError, Values, plain
 
 NAMESPACES = ("item", "sample")
 SAMPLE_FIELDS = ("output_text", "output_json", "output_tools")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.errors import ConfigError
-from rlsys.rewards.grader_template import Template
+from rlsys.rewards.specs.template import Template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.plugins import check_options, resolve, run_hook
-from rlsys.rewards.grader_values import GradingError
 from rlsys.rewards.pool import WorkerPool
+from rlsys.rewards.specs.values import GradingError
 from rlsys.tools.python import PythonTool
 
-_PROGRAM = Path(__file__).resolve().with_name("grader_worker.py")
+_PROGRAM = Path(__file__).resolve().with_name("worker.py")
 
 
 class Services:
