@@ -10,13 +10,15 @@ from typing import Any
 
 from rlsys.chat import Chat
 from rlsys.cluster import Actor
-from rlsys.config import Config, PooledPlugIn, SamplingConfig
-from rlsys.errors import ToolError
+from rlsys.config import Config, PooledPlugIn, RewardConfig, SamplingConfig
+from rlsys.errors import RewardError, ToolError
 from rlsys.function_tool import build_tool
 from rlsys.interfaces import Tool
-from rlsys.plugins import build, isolation_of, run_hook
+from rlsys.plugins import build, isolation_of, resolve, run_hook
+from rlsys.remote_reward import RemoteGroupReward, RemoteReward, remote_term
 from rlsys.remote_tool import RemoteTool
-from rlsys.rollout import RewardFailedError, RewardTerm, run_rollout
+from rlsys.reward_terms import RewardTerm, grade_group, reason
+from rlsys.rollout import run_rollout
 from rlsys.types import Problem, RolloutGroup
 from rlsys.weights import WeightGroup, WeightPlan
 
@@ -28,22 +30,24 @@ class RolloutActor:
         self._config = config
         self._model_path = model_path
         self._index = index
-        self._rewards = [
-            RewardTerm(
-                name=reward.name,
-                weight=reward.weight,
-                reward=build(reward.use, reward.options, place=f"rewards.{position}"),
-            )
-            for position, reward in enumerate(config.rewards)
-        ]
-        self._pooled: dict[str, RemoteTool] = {}
-        self._tools = [self._build_tool(f"tools.{position}", tool) for position, tool in enumerate(config.tools)]
+        self._version = 0
+        self._pooled: dict[str, RemoteTool | RemoteReward | RemoteGroupReward] = {}
+        self._rewards = [self._build_term(f"rewards.{index}", reward) for index, reward in enumerate(config.rewards)]
+        self._tools = [self._build_tool(f"tools.{index}", tool) for index, tool in enumerate(config.tools)]
+
+    def _build_term(self, place: str, config: RewardConfig) -> RewardTerm:
+        if config.actors is None:
+            return RewardTerm.configured(config, build(config.use, config.options, place=place))
+        term = remote_term(config, resolve(config.use, place=f"{place}.use"))
+        self._pooled[place] = term.reward
+        return term
 
     def _build_tool(self, place: str, config: PooledPlugIn) -> Tool:
         tool = build_tool(config, place=place)
         if config.actors is None:
             return tool
-        return self._pooled.setdefault(place, RemoteTool(tool, config.actors))
+        remote = self._pooled[place] = RemoteTool(tool, config.actors)
+        return remote
 
     @property
     def _plug_ins(self) -> list[Any]:
@@ -64,15 +68,22 @@ class RolloutActor:
         return self._engine.backend
 
     async def isolation(self) -> dict[str, str]:
-        """The tier of every tool that runs here and has one."""
-        return isolation_of(self._tools)
+        """The tier of every tool and reward that runs here and has one."""
+        found = isolation_of(self._tools)
+        for term in self._rewards:
+            found |= term.isolation
+        return found
 
     async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
         """From now on, use these actors of the plug-in that has this place in the configuration."""
         self._pooled[place].use_actors(actors)
 
     async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
-        """`size` graded attempts at the problem, side by side; those that a tool or a reward failed are counted."""
+        """`size` graded attempts at the problem, side by side; those that a tool or a reward failed are counted.
+
+        What compares siblings grades last, those that are left. All weigh their terms as of now.
+        """
+        version = self._version
         attempts = await asyncio.gather(
             *(
                 run_rollout(
@@ -83,6 +94,7 @@ class RolloutActor:
                     sampling=sampling,
                     max_model_tokens=self._config.actors.max_model_tokens,
                     rollout_id=f"{group_id}-{number}",
+                    policy_step=version,
                 )
                 for number in range(size)
             ),
@@ -93,22 +105,24 @@ class RolloutActor:
         for attempt in attempts:
             if attempt is None:
                 dropped["prompt_too_long"] += 1
-            elif isinstance(attempt, RewardFailedError):
-                dropped[f"reward_error: {attempt}"] += 1
+            elif isinstance(attempt, RewardError):
+                dropped[reason(attempt)] += 1
             elif isinstance(attempt, ToolError):
                 dropped[f"tool_error: {attempt}"] += 1
             elif isinstance(attempt, BaseException):
                 raise attempt
             else:
                 rollouts.append(attempt)
-        return RolloutGroup(problem=problem, rollouts=tuple(rollouts), dropped=dict(dropped))
+        group = RolloutGroup(problem=problem, rollouts=tuple(rollouts), dropped=dict(dropped))
+        return await grade_group(group, self._rewards, step=version)
 
     async def pause(self) -> None:
         """Freeze generation for a weight update."""
         await self._engine.pause()
 
     async def resume(self, version: int) -> None:
-        """Go on with weights `version`."""
+        """Go on with weights `version`, the number of policy steps so far."""
+        self._version = version
         await self._engine.resume(version)
 
     async def open_weights(self, group: WeightGroup, *, rank: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.config import PooledPlugIn
 from rlsys.errors import ActorError, failures_of_tool
@@ -118,6 +118,10 @@ class ToolActor:
     async def num_sessions(self) -> int:
         """How many sessions are open."""
         return len(self._sessions) + self._num_closing
+
+    async def state(self) -> Literal["well"]:
+        """One that answers at all is well; a new one starts its tool by itself."""
+        return "well"
 
     async def drain(self, wait_seconds: float) -> int:
         """Begin no session any more and wait for the last one to end; returns how many are open after all."""

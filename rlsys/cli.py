@@ -12,7 +12,7 @@ import typer
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from rlsys.config import Config
+from rlsys.config import Config, RewardConfig
 from rlsys.config_file import flatten, load_config, origins
 from rlsys.errors import ConfigError, RlsysError
 
@@ -126,23 +126,27 @@ def grade_responses(
     reward: Annotated[str, typer.Option(help="`module:object` of any reward.")] = "rlsys.rewards.math:MathReward",
     option: Annotated[list[str] | None, typer.Option(help="Its options: name=value ...", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="By default FILE with the ending .graded.jsonl.")] = None,
+    timeout: Annotated[float, typer.Option(help="Deadline of one grading, in seconds.", min=0.001)] = 60.0,
 ) -> None:
     """Grade the responses in FILE, one result line for each, and print what came out.
 
-    A result is `{"score", "status", "extracted", "seconds"}`; where the reward raised, the status is `failed`, the
-    score null and `message` says why. Responses are graded one after the other.
+    A result is `{"score", "status", "extracted", "seconds"}`; where the reward failed, the status is `error` or
+    `timeout`, the score null and `message` says why. Responses are graded one after the other; a reward that grades
+    groups gets those together that follow one another with the same "id" or "prompt".
     """
     from rlsys.console import Console
     from rlsys.grading import grade_rows, read_responses, summary_rows
     from rlsys.plugins import build
+    from rlsys.reward_terms import check_reward
 
     options = _options(option)
     sys.path.insert(0, os.getcwd())  # the user's own module lies where the user stands
+    check_reward(RewardConfig(use=reward, options=options), place="--reward")
     built = build(reward, options, place="--reward")
     target = output or file.with_suffix(".graded.jsonl")
     rows = read_responses(file)
     with Console().counting("grading", total=len(rows)) as tell:
-        graded = grade_rows(built, rows, target, tell=tell)
+        graded = grade_rows(built, rows, target, tell=tell, timeout_seconds=timeout)
     table = Table("status", "responses", "share", "mean score", "median ms", "max ms", box=None, pad_edge=False)
     for row in summary_rows(graded):
         table.add_row(*row, style="bold" if row[0] == "all" else None)

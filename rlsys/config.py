@@ -8,79 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlsys.errors import ConfigError
+from rlsys.plug_in_config import ANSWER_SECONDS as ANSWER_SECONDS
+from rlsys.plug_in_config import PlugIn as PlugIn
+from rlsys.plug_in_config import PoolConfig as PoolConfig
+from rlsys.plug_in_config import PooledPlugIn as PooledPlugIn
+from rlsys.plug_in_config import RewardConfig as RewardConfig
+from rlsys.plug_in_config import require as require
 from rlsys.scratch import ScratchModel
 
 STAGES = ("sft", "rl", "eval")
 Aggregation = Literal["token", "sequence", "constant"]
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlugIn:
-    """Any pluggable part."""
-
-    use: str
-    """`module:object` of a class or function, the project's or your own."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolConfig:
-    """Ray actors of a plug-in's own, so that it scales apart from the rollout actors.
-
-    One that dies is replaced, and its sessions go on in another actor by making their calls again. So a call may run
-    twice: right for a tool whose effects stay inside its session, as in an interpreter, and wrong for one that books
-    flights.
-    """
-
-    count: int = 1
-    """How many actors; a live run may be given more or fewer."""
-    cpus: float = 1.0
-    """CPUs that Ray reserves for each."""
-    gpus: float = 0.0
-    """GPUs for each."""
-    resources: dict[str, float] = field(default_factory=dict)
-    """Custom Ray resources for each, such as `{tools: 1}`, to place them on nodes of their own."""
-    max_sessions: int = 64
-    """Sessions open in one actor at a time; where all actors are full, a rollout waits for a place."""
-    wait_seconds: float = 300.0
-    """Deadline of that wait, and of the wait for an actor that is being replaced; then the rollout is dropped."""
-    call_seconds: float = 120.0
-    """Deadline of one call; an actor that has not answered by then is given up like a dead one. More than the plug-in's
-    own time limits."""
-    start_seconds: float = 300.0
-    """Deadline for an actor to be placed and its plug-in to start."""
-
-    def __post_init__(self) -> None:
-        require(self.count >= 1, f"the count of a plug-in's actors is {self.count}; give at least 1, or no `actors`")
-        require(self.max_sessions >= 1, f"max_sessions of a plug-in's actors is {self.max_sessions}; at least 1")
-        for name in ("wait_seconds", "call_seconds", "start_seconds"):
-            seconds = getattr(self, name)
-            require(seconds > 0, f"{name} of a plug-in's actors is {seconds}; a deadline must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledPlugIn(PlugIn):
-    """A pluggable part that may have actors of its own."""
-
-    actors: PoolConfig | None = None
-    """Without this section it runs inside every rollout actor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig(PooledPlugIn):
-    """One term of the reward; the terms are summed."""
-
-    name: str = "reward"
-    """Under this name the term is logged."""
-    weight: float = 1.0
-    """Factor of this term in the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +221,9 @@ class RlConfig:
     """The KL weight stays, or falls by a cosine to 0 at the last step."""
     skip_uninformative: bool = False
     """Leave out groups whose rewards are all equal and sample others in their place."""
+    selections: list[str] = field(default_factory=list)
+    """Functions from a `RolloutGroup` to one bool for each sibling, whether it trains, such as
+    `rlsys.selection:completed_only`; each sees what the one before it left."""
     max_skipped_groups: int = 256
     """So many skipped groups in a row stop the run with an error instead of sampling for ever."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -348,6 +288,9 @@ class Config:
     learners: LearnersConfig = field(default_factory=LearnersConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     """Terms of the reward, summed; the first one decides what counts as correct."""
+    max_failed_rewards: float = 0.25
+    """A run stops where more than this share of the rollouts of one policy step, or of one evaluation, could not be
+    graded, dropped and zeroed ones together."""
     tools: list[PooledPlugIn] = field(default_factory=list)
     """What the policy may call."""
     sft: SftConfig = field(default_factory=SftConfig)
@@ -364,11 +307,10 @@ class Config:
         require(bool(self.rewards), "rewards is empty; give one, such as `use: rlsys.rewards.math:MathReward`")
         names = [reward.name for reward in self.rewards]
         require(len(set(names)) == len(names), f"rewards: the names {names} must differ; set `name`")
-        for index, reward in enumerate(self.rewards):
-            require(
-                reward.actors is None,
-                f"rewards.{index}.actors: only tools can have actors of their own so far; leave the section out",
-            )
+        require(
+            0 <= self.max_failed_rewards <= 1,
+            f"max_failed_rewards is {self.max_failed_rewards}; a share lies between 0 and 1 (never stop)",
+        )
         require(
             "sft" not in self.stages or self.sft.demonstrations is not None,
             "stages has `sft`, but sft.demonstrations is not set",

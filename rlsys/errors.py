@@ -39,12 +39,24 @@ class ToolError(RlsysError):
     """A tool cannot answer, or not in the state that the policy knows: the rollout is dropped and counted."""
 
 
+class RewardError(RlsysError):
+    """A reward did not grade a rollout: it raised, or gave what is no score; `status` is the word that is counted."""
+
+    status = "error"
+
+
+class RewardTimeoutError(RewardError):
+    """A grading that did not end within its deadline."""
+
+    status = "timeout"
+
+
 class WeightSyncError(RlsysError):
     """An engine does not hold the weights that the learner sent; the message names the engine and the tensor."""
 
 
 class TrainingStalledError(RlsysError):
-    """Training cannot go on: there is nothing to learn from, or no finite gradient."""
+    """Training cannot go on: there is nothing to learn from, no finite gradient, or rewards that do not grade."""
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class RolloutFleet:
         return fleet
 
     async def isolation(self) -> dict[str, str]:
-        """The tier of every tool that has one, as `isolation_NAME`; the weakest where hosts differ."""
+        """The tier of every tool or reward that has one, as `isolation_NAME`; the weakest where hosts differ."""
         everyone = [*self.actors, *(actor for pool in self.pools.values() for actor in pool.actors)]
         found: dict[str, str] = {}
         for tiers in await asyncio.gather(*(actor.call("isolation") for actor in everyone)):

@@ -12,14 +12,16 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rlsys.errors import DataError
-from rlsys.rollout import RewardFailedError, RewardTerm
-from rlsys.types import Problem, Rollout
+from rlsys.errors import DataError, RewardError
+from rlsys.interfaces import RewardResult
+from rlsys.plugins import run_hook
+from rlsys.reward_terms import RewardTerm
+from rlsys.types import Problem, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """What one line got; where the reward raised, `status` is "failed", `message` says how, and there is no score."""
+    """What one line got; where the reward failed, `status` is "error" or "timeout", `message` says how, no score."""
 
     score: float | None
     status: str
@@ -74,47 +76,79 @@ def _row(line: str, path: Path, number: int) -> tuple[Problem, str]:
     return problem, row["response"]
 
 
-def grade_rows(reward: Any, rows: list[tuple[Problem, str]], output: Path, *, tell: Callable[[], None]) -> list[Graded]:
+def grade_rows(
+    reward: Any,
+    rows: list[tuple[Problem, str]],
+    output: Path,
+    *,
+    tell: Callable[[], None],
+    timeout_seconds: float = 60.0,
+) -> list[Graded]:
     """Grade one after the other, so that `seconds` are those of each alone, and write a line for each to `output`.
 
-    The line stands in the file as soon as it is known; then `tell` is called.
+    A reward that grades groups is given those lines together that follow one another with the same id or prompt. A line
+    stands in the file as soon as it is known; then `tell` is called.
     """
-    try:
-        with output.open("w") as file:
-            return asyncio.run(_grade_rows(reward, rows, file, tell))
-    finally:
-        if (close := getattr(reward, "close", None)) is not None:
-            close()
+    with output.open("w") as file:
+        return asyncio.run(_grade_rows(reward, rows, file, tell, timeout_seconds))
 
 
 async def _grade_rows(
-    reward: Any, rows: list[tuple[Problem, str]], file: TextIO, tell: Callable[[], None]
+    reward: Any, rows: list[tuple[Problem, str]], file: TextIO, tell: Callable[[], None], timeout_seconds: float
 ) -> list[Graded]:
-    term = RewardTerm(name="reward", weight=1.0, reward=reward)
-    if (start := getattr(reward, "start", None)) is not None:
-        await start()
-    graded = []
-    for problem, response in rows:
-        graded.append(await _grade(term, problem, response))
-        file.write(graded[-1].to_json() + "\n")
-        file.flush()
-        tell()
+    term = RewardTerm(name="reward", reward=reward, timeout_seconds=timeout_seconds)
+    graded: list[Graded] = []
+    try:
+        await run_hook(reward, "start")
+        for siblings in _siblings(rows) if term.grades_groups else ([row] for row in rows):
+            for result in await _grade(term, siblings):
+                graded.append(result)
+                file.write(result.to_json() + "\n")
+                file.flush()
+                tell()
+    finally:
+        await run_hook(reward, "close")
     return graded
 
 
-async def _grade(term: RewardTerm, problem: Problem, response: str) -> Graded:
+def _siblings(rows: list[tuple[Problem, str]]) -> list[list[tuple[Problem, str]]]:
+    groups: list[list[tuple[Problem, str]]] = []
+    for problem, response in rows:
+        last = groups[-1][0][0] if groups else None
+        asked = any(message["content"] for message in problem.prompt)
+        if last is not None and (problem.id == last.id or (asked and problem.prompt == last.prompt)):
+            groups[-1].append((problem, response))
+        else:
+            groups.append([(problem, response)])
+    return groups
+
+
+async def _grade(term: RewardTerm, siblings: list[tuple[Problem, str]]) -> list[Graded]:
+    """Results for one response, or for all of a group."""
+    problem = siblings[0][0]
+    rollouts = tuple(_rollout(response) for _, response in siblings)
+    started = time.perf_counter()
+    failure: RewardError | None = None
+    results: list[RewardResult] = []
+    try:
+        if term.grades_groups:
+            results = await term.grade_group(RolloutGroup(problem=problem, rollouts=rollouts))
+        else:
+            results = [await term.grade(problem, rollouts[0])]
+    except RewardError as error:
+        failure = error
+    seconds = round(time.perf_counter() - started, 6)
+    if failure is not None:
+        failed = Graded(score=None, status=failure.status, extracted=None, seconds=seconds, message=str(failure))
+        return [failed] * len(siblings)
+    return [Graded(score=r.score, status=r.status, extracted=r.extracted, seconds=seconds) for r in results]
+
+
+def _rollout(response: str) -> Rollout:
     none = np.zeros(0, np.int32)
-    rollout = Rollout(
+    return Rollout(
         tokens=none, loss_mask=none.astype(np.bool_), logprobs=none.astype(np.float32), versions=none, response=response
     )
-    started = time.perf_counter()
-    try:
-        result = await term.grade(problem, rollout)
-    except RewardFailedError as error:
-        seconds = round(time.perf_counter() - started, 6)
-        return Graded(score=None, status="failed", extracted=None, seconds=seconds, message=str(error))
-    seconds = round(time.perf_counter() - started, 6)
-    return Graded(score=result.score, status=result.status, extracted=result.extracted, seconds=seconds)
 
 
 def summary_rows(graded: list[Graded]) -> Iterator[tuple[str, str, str, str, str, str]]:

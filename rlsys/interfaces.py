@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rlsys.types import Completion, Problem, Rollout
+from rlsys.types import Completion, Problem, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
     """A score with how it came about: `status` is counted per batch, `terms` are logged one by one.
 
-    `extracted` is the part of the response that was graded, for people to read.
+    A `status` of "timeout" or "error" says that the rollout could not be graded, whatever the score: what becomes of it
+    is for the run's configuration to say (`on_failure`). `extracted` is the part of the response that was graded, for
+    people to read.
     """
 
     score: float
@@ -29,10 +31,21 @@ class RewardResult:
 class Reward(Protocol):
     """Grades one rollout. A plain function `(problem, response) -> float` is accepted in its place.
 
-    `response` is the text that the policy itself wrote (no prompt, no tool output).
+    `response` is the text that the policy itself wrote (no prompt, no tool output). What is not `async` is run in
+    threads, several gradings at a time.
     """
 
     async def score(self, problem: Problem, response: str, rollout: Rollout) -> float | RewardResult: ...
+
+
+class GroupReward(Protocol):
+    """Grades all siblings of one problem together: comparisons, ranks, diversity.
+
+    The group has the siblings that lived and could be graded by the other rewards, with what they got from those.
+    Returns one score for each sibling, in their order.
+    """
+
+    async def score_group(self, group: RolloutGroup) -> Sequence[float | RewardResult]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

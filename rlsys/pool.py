@@ -1,29 +1,31 @@
-"""Plug-ins in Ray actors of their own: a pool as the driver keeps it, and as those know it who call its actors."""
+"""Plug-ins in Ray actors of their own, as the driver keeps them; `rlsys.places` is the view of those who call them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 from rlsys import cluster
 from rlsys.cluster import Actor, Demand
-from rlsys.config import Config, PoolConfig, PooledPlugIn, require
-from rlsys.errors import ActorError, ActorTimeoutError, ResourceError, RlsysError
+from rlsys.config import Config, PoolConfig, PooledPlugIn, RewardConfig, require
+from rlsys.errors import ActorTimeoutError, ResourceError, RlsysError
 from rlsys.plugins import resolve
 
 log = logging.getLogger(__name__)
 
 TOOL_ACTOR = "rlsys.actors.tool:ToolActor"
-WATCH_SECONDS = 10.0
+REWARD_ACTOR = "rlsys.actors.reward:RewardActor"
 CLOSE_SECONDS = 10.0
+RETURN_WATCH_SECONDS = 0.5
+"""Pause between looks at an actor that is being replaced."""
 
 
 def pooled_plug_ins(config: Config) -> Mapping[str, PooledPlugIn]:
-    """The plug-ins with actors of their own, by their place in the configuration, such as `tools.0`."""
-    places = {f"tools.{index}": tool for index, tool in enumerate(config.tools)}
+    """The plug-ins with actors of their own, by their place in the configuration, such as `tools.0` or `rewards.1`."""
+    places: dict[str, PooledPlugIn] = {f"tools.{index}": tool for index, tool in enumerate(config.tools)}
+    places |= {f"rewards.{index}": reward for index, reward in enumerate(config.rewards)}
     return {place: plug_in for place, plug_in in places.items() if plug_in.actors is not None}
 
 
@@ -51,16 +53,18 @@ def _settings(plug_in: PooledPlugIn) -> PoolConfig:
 class ActorPool:
     """The actors that host one plug-in, in the driver: started, watched, made more or fewer, ended.
 
-    Ray replaces one that dies. One that hangs is noticed here, killed and so replaced too.
+    Ray replaces one that dies. One that hangs, or says that it is worn out, is noticed and killed here, so that it is
+    replaced too.
     """
 
-    def __init__(self, plug_in: PooledPlugIn, *, place: str, host: str = TOOL_ACTOR) -> None:
+    def __init__(self, plug_in: PooledPlugIn, *, place: str, host: str | None = None) -> None:
         self.actors: list[Actor] = []
         self._plug_in = plug_in
         self._settings = _settings(plug_in)
         self._place = place
-        self._host = resolve(host, place=place)
+        self._host = resolve(host or (REWARD_ACTOR if isinstance(plug_in, RewardConfig) else TOOL_ACTOR), place=place)
         self._num_placed = 0
+        self._coming_back: set[str] = set()
         self._tell: Callable[[Sequence[Actor]], Awaitable[object]] | None = None
         self._resizing = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
@@ -145,33 +149,50 @@ class ActorPool:
             actor.kill()
 
     async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            await asyncio.gather(*(self._replace_if_hung(actor) for actor in self.actors))
+        """Look at each actor again and again; no look waits for the one at another actor.
 
-    async def _replace_if_hung(self, actor: Actor) -> None:
-        """Ray sees a process end, not one that is alive and answers nothing."""
+        One that is being replaced is looked at more often, so that it soon serves again.
+        """
+        looks: dict[str, asyncio.Task[None]] = {}
         try:
-            await actor.call("num_sessions", seconds=self._settings.call_seconds)
+            while True:
+                for actor in self.actors:
+                    if actor.name not in looks:
+                        look = looks[actor.name] = asyncio.create_task(self._look_at(actor))
+                        look.add_done_callback(partial(looks.pop, actor.name))
+                pause = self._settings.watch_seconds
+                if any(actor.name in self._coming_back for actor in self.actors):
+                    pause = min(pause, RETURN_WATCH_SECONDS)
+                await asyncio.sleep(pause)
+        finally:
+            for look in list(looks.values()):
+                look.cancel()
+
+    async def _look_at(self, actor: Actor) -> None:
+        """Ray sees a process end and makes a new one; it sees none that hangs, and starts nothing in a new one."""
+        try:
+            state = await actor.call("state", seconds=self._plug_in.look_seconds)
+            if state == "new":  # no look has to wait until a model is loaded, and no grading begins before
+                await self._start_anew(actor)
+            elif state == "worn out":
+                self._replace(actor, f"{actor.name} holds threads that hang")
+                return
+            self._coming_back.discard(actor.name)
         except ActorTimeoutError as error:
-            if actor in self.actors:
-                log.warning("%s; it is killed and replaced", error)
-                actor.kill(restart=True)
-        except ActorError as error:
-            log.info("%s; Ray replaces it", error)
+            self._replace(actor, str(error))
+        except RlsysError as error:
+            self._coming_back.add(actor.name)
+            log.info("%s; Ray replaces it, or it is tried again", error)
 
+    async def _start_anew(self, actor: Actor) -> None:
+        try:
+            await actor.call("start", seconds=self._settings.start_seconds)
+        except RlsysError as error:
+            log.warning("%s; what was made in the place of an actor that died cannot start so far", error)
+            raise
 
-class Roster:
-    """The actors of a pool as one of their callers knows them."""
-
-    def __init__(self) -> None:
-        self.actors: Sequence[Actor] = ()
-        self.load: Counter[str] = Counter()
-        """What each carries for this caller, by its name."""
-        self.unanswered: Counter[str] = Counter()
-        """Requests to each that this caller gave up and that have not been answered since."""
-
-    def best_first(self) -> list[Actor]:
-        """Those that answer, the least loaded first; random among equals, so that callers spread."""
-        willing = [actor for actor in self.actors if not self.unanswered[actor.name]]
-        return sorted(willing, key=lambda actor: (self.load[actor.name], random.random()))
+    def _replace(self, actor: Actor, why: str) -> None:
+        if actor in self.actors:
+            log.warning("%s; it is killed and replaced", why)
+            self._coming_back.add(actor.name)
+            actor.kill(restart=True)

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from rlsys.chat import Chat, ToolCall
 from rlsys.config import SamplingConfig
 from rlsys.errors import ToolError, failures_of_tool
-from rlsys.interfaces import Engine, RewardResult, Session, ToolResult
+from rlsys.interfaces import Engine, Session, ToolResult
+from rlsys.reward_terms import RewardTerm, grade_rollout
 from rlsys.types import Completion, FinishReason, Problem, Rollout
 
 log = logging.getLogger(__name__)
 
 _MIN_ROOM = 1
 """A prompt must leave at least so many tokens of context."""
-
-
-class RewardFailedError(Exception):
-    """A reward raised: the rollout is dropped and counted, never scored 0 in silence."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardTerm:
-    """One configured reward: an object with `score`, or a plain function."""
-
-    name: str
-    weight: float
-    reward: Any
-
-    async def grade(self, problem: Problem, rollout: Rollout) -> RewardResult:
-        """Score of one rollout, whatever of the accepted forms the reward has."""
-        score = getattr(self.reward, "score", None)
-        try:
-            if score is not None:
-                result = score(problem, rollout.response, rollout)
-            else:
-                result = self.reward(problem, rollout.response)
-            if inspect.isawaitable(result):
-                result = await result
-            return result if isinstance(result, RewardResult) else RewardResult(score=float(result))
-        except Exception as error:  # anything may come out of a user's function
-            raise RewardFailedError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
 
 
 @dataclass(slots=True)
@@ -94,11 +66,15 @@ async def run_rollout(
     sampling: SamplingConfig,
     max_model_tokens: int,
     rollout_id: str,
+    policy_step: int = 0,
 ) -> Rollout | None:
     """One graded attempt at the problem; None where the prompt leaves no room in the context.
 
+    Terms that grade groups are left to `grade_group`. The weights of terms are those of `policy_step`.
+
     Raises:
-        RewardFailedError: the rollout cannot be graded.
+        RewardError: the rollout cannot be graded, and is to be dropped for it.
+        TrainingStalledError: the rollout cannot be graded, and the run is to end for it.
         ToolError: a tool raised, or could not be brought back as the policy knew it.
     """
     prompt = chat.render(problem)
@@ -121,7 +97,7 @@ async def run_rollout(
         finish_reason=finish,
         metrics=counts,
     )
-    return await _graded(problem, rollout, rewards)
+    return await grade_rollout(problem, rollout, rewards, step=policy_step)
 
 
 async def _converse(
@@ -201,25 +177,6 @@ class _Sessions:
     async def _close(self, name: str) -> None:
         with failures_of_tool(name):
             await self._open[name].close()
-
-
-async def _graded(problem: Problem, rollout: Rollout, rewards: Sequence[RewardTerm]) -> Rollout:
-    started = time.perf_counter()
-    terms: dict[str, float] = {}
-    metrics: dict[str, float] = {}
-    total = 0.0
-    for index, term in enumerate(rewards):
-        result = await term.grade(problem, rollout)
-        total += term.weight * result.score
-        terms[term.name] = result.score
-        terms.update({f"{term.name}/{name}": value for name, value in result.terms.items()})
-        metrics[f"status/{term.name}/{result.status}"] = 1.0
-        if index == 0:
-            metrics["correct"] = float(result.status == "correct" if result.status != "ok" else result.score > 0)
-    metrics["reward_seconds"] = time.perf_counter() - started
-    if not np.isfinite(total):
-        raise RewardFailedError(f"the reward of problem {problem.id!r} is {total}, which is not finite")
-    return replace(rollout, reward=total, reward_terms=terms, metrics={**rollout.metrics, **metrics})
 
 
 def mean_metrics(rollouts: Sequence[Rollout]) -> Mapping[str, float]:

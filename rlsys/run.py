@@ -21,7 +21,9 @@ from rlsys.plugins import check_options, resolve
 from rlsys.pool import pool_demands
 from rlsys.records import RunDirectory
 from rlsys.report import plot_curves
+from rlsys.reward_terms import check_reward
 from rlsys.scratch import build_scratch_model
+from rlsys.selection import resolve_selections
 from rlsys.stages import STAGES, Interrupted, Run
 
 
@@ -55,9 +57,7 @@ def check(config: Config) -> None:
         RlsysError: names the place and the fix.
     """
     for index, reward in enumerate(config.rewards):
-        target = resolve(reward.use, place=f"rewards.{index}.use")
-        if isinstance(target, type) or reward.options:
-            check_options(target, reward.options, place=f"rewards.{index}")
+        check_reward(reward, place=f"rewards.{index}")
     for index, tool in enumerate(config.tools):
         check_tool(tool, place=f"tools.{index}")
     if config.chat.tool_format == "fenced" and len(config.tools) > 1:
@@ -71,6 +71,7 @@ def check(config: Config) -> None:
         check_options(target, source.options, place="sft.demonstrations", given=1)
     for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
         resolve(reference, place=place)
+    resolve_selections(config.rl.selections)
     resolve(config.actors.use, place="actors.use")
     resolve(config.learners.use, place="learners.use")
     if config.model.path is not None:

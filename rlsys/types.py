@@ -107,8 +107,8 @@ class Rollout:
 class RolloutGroup:
     """The siblings of one problem: the unit of advantages, filters and staleness.
 
-    `dropped` counts the rollouts that are missing by reason: "prompt_too_long", "reward_error: what it said" or
-    "tool_error: what it said".
+    `dropped` counts the rollouts that are missing by reason: "prompt_too_long", "not_selected", or with what was said
+    behind it "reward_error: ...", "reward_timeout: ...", "tool_error: ...".
     """
 
     problem: Problem

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from benchmarks.algorithms import algorithms
-from rlsys.config import PlugIn
+from rlsys.config import PlugIn, PoolConfig, RewardConfig
 from rlsys.config_file import load_config
 from rlsys.function_tool import build_tool
 from rlsys.interfaces import ToolResult
 from rlsys.plugins import resolve
-from rlsys.rollout import RewardTerm
+from rlsys.reward_terms import RewardTerm, check_reward
 from rlsys.types import Problem, Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -39,21 +39,37 @@ def lines_of_code(text: str) -> int:
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in text.splitlines())
 
 
-def test_the_reward_of_the_readme_grades_a_rollout_in_at_most_12_lines() -> None:
+def graded_by_the_readme(reward: Any, response: str) -> float:
+    problem = Problem(id="p", prompt=({"role": "user", "content": "2+3"},), answer="5")
+    none: Any = np.zeros(0)
+    arrays = {"tokens": none, "loss_mask": none, "logprobs": none, "versions": none}
+    term = RewardTerm(name="readme", reward=reward)
+    return asyncio.run(term.grade(problem, Rollout(**arrays, response=response))).score
+
+
+def test_the_reward_class_of_the_readme_grades_a_rollout_in_at_most_12_lines() -> None:
     module, text = module_of("reward")
     assert lines_of_code(text) <= 12
-    term = RewardTerm(name="concise", weight=1.0, reward=module.__dict__["Concise"](target=10))
-    problem = Problem(id="p", prompt=({"role": "user", "content": "2+3"},), answer="5")
+    concise = module.__dict__["Concise"](target=10)
+    assert graded_by_the_readme(concise, "." * 10) == 0.0
+    assert graded_by_the_readme(concise, "." * 30) == pytest.approx(-0.02)
 
-    def graded(response: str) -> float:
-        none: Any = np.zeros(0)
-        arrays = {"tokens": none, "loss_mask": none, "logprobs": none, "versions": none}
-        rollout = Rollout(**arrays, response=response)
-        return asyncio.run(term.grade(problem, rollout)).score
 
-    assert graded(r"\boxed{5}") == 1.0
-    assert graded(r"\boxed{5}" + "." * 11) == 1.0 - 0.001 * 10
-    assert graded(r"\boxed{6}") == 0.0
+def test_the_reward_function_of_the_readme_grades_a_rollout_in_at_most_12_lines() -> None:
+    module, text = module_of("reward-function")
+    assert lines_of_code(text) <= 12
+    assert graded_by_the_readme(module.__dict__["boxed"], r"so \boxed{5}") == 1.0
+    assert graded_by_the_readme(module.__dict__["boxed"], r"\boxed{6}") == 0.0
+
+
+def test_the_rewards_of_the_readme_pass_the_check_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = module_of("reward")
+    module.__dict__.update(module_of("reward-function")[0].__dict__)
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    (section,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "my_rewards" in block]
+    for index, options in enumerate(yaml.safe_load(section)["rewards"]):
+        check_reward(RewardConfig(**options), place=f"rewards.{index}")
+        check_reward(RewardConfig(**options, actors=PoolConfig(count=4, cpus=1)), place=f"rewards.{index}")
 
 
 def test_the_function_of_the_readme_is_a_tool_in_at_most_12_lines(monkeypatch: pytest.MonkeyPatch) -> None:

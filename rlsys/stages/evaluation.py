@@ -10,6 +10,7 @@ from pathlib import Path
 from rlsys.errors import TrainingStalledError
 from rlsys.fleet import RolloutFleet
 from rlsys.rollout import mean_metrics
+from rlsys.stages.collection import RewardFailures, count_dropped
 from rlsys.stages.common import Run, load_problems, record_isolation
 from rlsys.types import Problem, RolloutGroup
 
@@ -33,14 +34,23 @@ async def evaluate(
             return group
 
         groups = await asyncio.gather(*(measured(problem) for problem in chosen))
+    failures = RewardFailures(run.config.max_failed_rewards)
+    for group in groups:
+        failures.add(group)
+    failures.check(f"the evaluation after {stage} step {step}")
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
         raise TrainingStalledError(
             f"none of the {len(chosen)} held-out problems could be measured: {groups[0].dropped}"
         )
     run.directory.write_rollouts(f"{stage}-eval-{step:06d}", groups)
-    missing = sum(count for group in groups for count in group.dropped.values())
-    metrics = {**mean_metrics(rollouts), "problems": float(len(chosen)), "not_measured": float(missing)}
+    dropped = count_dropped(groups)
+    metrics = {
+        **mean_metrics(rollouts),
+        "problems": float(len(chosen)),
+        "not_measured": float(dropped.total()),
+        **{f"dropped/{kind}": float(count) for kind, count in dropped.items()},
+    }
     run.directory.log(f"{stage}/eval", step, metrics)
     run.console.say(
         f"{stage} step {step}: held-out accuracy {metrics['accuracy']:.3f}, tool rate {metrics['tool_rate']:.2f}, "

@@ -16,11 +16,13 @@ import numpy as np
 from rlsys.advantages import whiten
 from rlsys.checkpoint import CheckpointStore
 from rlsys.config import RlConfig
-from rlsys.errors import ConfigError, DataError, WeightSyncError
+from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
 from rlsys.loop import Loop, LoopState
 from rlsys.plugins import resolve
 from rlsys.rollout import mean_metrics
+from rlsys.selection import resolve_selections
+from rlsys.stages.collection import Collection, by_kind
 from rlsys.stages.common import Interrupted, Run, assemble, endless, load_problems, record_isolation, save_checkpoint
 from rlsys.stages.evaluation import evaluate
 from rlsys.types import Problem, Rollout, RolloutGroup
@@ -59,7 +61,7 @@ async def rl(run: Run, model: Path) -> Path:
         accuracy_after=after["accuracy"],
         tool_rate_after=after["tool_rate"],
         steps=state.step,
-        dropped=dict(state.dropped),
+        dropped=dict(by_kind(state.dropped)),
         **_gap_summary(run.directory.metrics("rl")),
     )
     return left
@@ -109,7 +111,12 @@ class _RlTrainer:
         self._held_out, self._state = held_out, state
         self._stage: RlConfig = run.config.rl
         self._advantage = resolve(self._stage.advantage, place="rl.advantage")
+        self._selections = resolve_selections(self._stage.selections)
+        self._collection = self._collection_for(state.step + 1)
         self._started_at = time.perf_counter()
+
+    def _collection_for(self, step: int) -> Collection:
+        return Collection(self._run.config, self._selections, step=step)
 
     async def train(self, problems: Iterator[Problem]) -> None:
         """Run the loop to its end, or to the user's stop."""
@@ -137,22 +144,13 @@ class _RlTrainer:
         )
 
     def _drop_reason(self, group: RolloutGroup) -> str | None:
-        if len(group.rollouts) < 2:
-            reasons = sorted(group.dropped, key=lambda reason: -group.dropped[reason])
-            if reasons and reasons[0] == "prompt_too_long" and self._run.config.data.too_long == "error":
-                raise DataError(
-                    f"problem {group.problem.id!r} leaves no room in actors.max_model_tokens "
-                    f"({self._run.config.actors.max_model_tokens}); raise it or set data.too_long=skip"
-                )
-            return reasons[0] if reasons else "no_rollouts"
-        if not any(rollout.num_trained_tokens for rollout in group.rollouts):
-            return "no_tokens"
-        if self._stage.skip_uninformative and len(set(group.rewards.tolist())) == 1:
-            return "uninformative"
-        return None
+        return self._collection.add(group)
 
     async def _learn(self, step: int, groups: list[RolloutGroup], dropped: Mapping[str, int]) -> None:
         seconds = {"rollout": time.perf_counter() - self._started_at}
+        assert len(groups) == len(self._collection.groups), "the loop and the collection disagree about what trains"
+        collection, self._collection = self._collection, self._collection_for(step + 1)
+        groups = collection.groups
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         advantages = self._advantages(groups)
         staleness = [step - 1 - rollout.first_version for rollout in rollouts if rollout.num_trained_tokens]
@@ -182,13 +180,15 @@ class _RlTrainer:
         self._started_at = time.perf_counter()
         line = {
             **mean_metrics(rollouts),
+            **collection.statuses,
             **{f"learner/{name}": value for name, value in metrics.items()},
             "staleness_mean": float(np.mean(staleness)),
             "staleness_max": float(max(staleness)),
             "tokens_per_second": sum(rollout.num_trained_tokens for rollout in rollouts) / total,
             "seconds/step": total,
             **{f"seconds/{name}": value for name, value in seconds.items()},
-            **{f"dropped/{reason.partition(':')[0]}": float(count) for reason, count in dropped.items()},
+            **{f"dropped/{kind}": float(count) for kind, count in collection.dropped.items()},
+            **{f"dropped_groups/{kind}": float(count) for kind, count in by_kind(dropped).items()},
         }
         self._run.directory.log("rl", step, line)
         self._progress.advance(

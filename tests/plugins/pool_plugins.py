@@ -11,6 +11,7 @@ from typing import Any
 from rlsys.actors.tool import ToolActor
 from rlsys.cluster import Actor
 from rlsys.config import PoolConfig
+from rlsys.errors import ActorError, ActorTimeoutError, RlsysError
 from rlsys.interfaces import ToolResult
 from rlsys.plugins import build
 from rlsys.remote_tool import RemoteSession, RemoteTool
@@ -113,3 +114,58 @@ class Caller:
 
     async def close(self, rollout_id: str) -> None:
         await self._sessions.pop(rollout_id).close()
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+class FakeActor:
+    """An actor with the manners of one that Ray placed: it has deadlines, dies in mid-call, comes back empty."""
+
+    def __init__(self, name: str, plug_in: Any, host_class: Any = ToolActor) -> None:
+        self.name = name
+        self.awake = asyncio.Event()
+        self.awake.set()
+        self.killed: list[str] = []
+        self.asked: list[str] = []
+        self._plug_in, self._host_class = plug_in, host_class
+        self.come_back()
+
+    def come_back(self) -> None:
+        """A new process with the same arguments."""
+        self.host = self._host_class(plug_in=self._plug_in, place=self.name.partition(" ")[0])
+        self._death = asyncio.Event()
+
+    @property
+    def alive(self) -> bool:
+        return not self._death.is_set()
+
+    def die(self) -> None:
+        self._death.set()
+
+    def kill(self, *, restart: bool = False) -> None:
+        self.killed.append("to be replaced" if restart else "for good")
+        self.die()
+
+    async def call(self, method: str, *args: Any, seconds: float) -> Any:
+        self.asked.append(method)
+        work = asyncio.ensure_future(self._work(method, *args))
+        death = asyncio.ensure_future(self._death.wait())
+        await asyncio.wait({work, death}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        death.cancel()
+        if not work.done() and not self.alive:
+            work.cancel()
+            raise ActorError(f"{self.name} died during {method}")
+        if not work.done():  # it goes on, as it would in another process
+            raise ActorTimeoutError(f"{self.name}.{method} did not answer within {seconds:g} s")
+        try:
+            return work.result()
+        except RlsysError:
+            raise
+        except Exception as error:
+            raise ActorError(f"{self.name}.{method} raised {type(error).__name__}: {error}") from error
+
+    async def _work(self, method: str, *args: Any) -> Any:
+        await (self.awake.wait() if self.alive else never())
+        return await getattr(self.host, method)(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -34,7 +35,7 @@ def test_every_line_gets_its_result(tmp_path: Path) -> None:
         (1.0, "correct", r"\frac{1}{2}"),
         (0.0, "wrong", "7"),
         (0.0, "no_answer", None),
-        (None, "failed", None),
+        (None, "error", None),
     ]
     assert "no reference" in results[3]["message"]
     assert all(result["seconds"] >= 0 for result in results)
@@ -78,3 +79,40 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, line: object, message
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none\.jsonl: No such file"):
         read_responses(tmp_path / "none.jsonl")
+
+
+def grade(folder: Path, name: str, *lines: object, more: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    output = folder / "out.jsonl"
+    command = ["grade", str(write(folder, *lines)), "--reward", f"reward_plugins:{name}", "--output", str(output)]
+    CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_a_group_reward_gets_consecutive_lines_with_one_id_or_prompt_together(tmp_path: Path) -> None:
+    results = grade(
+        tmp_path,
+        "Ranks",
+        {"response": "a", "prompt": "1?"},
+        {"response": "aa", "prompt": "1?"},
+        {"response": "a", "id": "x"},
+        {"response": "aaa", "id": "x"},
+        {"response": "aa", "id": "x"},
+        {"response": "alone"},
+        {"response": "fail", "prompt": "2?"},
+        {"response": "b", "prompt": "2?"},
+    )
+    # the share of siblings that are shorter
+    assert [result["score"] for result in results] == [0, 1 / 2, 0, 2 / 3, 1 / 3, 0, None, None]
+    assert [result["status"] for result in results] == ["ok"] * 6 + ["error"] * 2
+    assert "not to be compared" in results[7]["message"]
+
+
+def test_a_response_whose_grading_hangs_ends_at_the_deadline_with_the_status_timeout(tmp_path: Path) -> None:
+    lines = ({"response": "hang 600"}, {"response": "2"})
+    late, good = grade(tmp_path, "Synchronous", *lines, more=("--timeout", "0.2"))
+    assert (late["status"], late["score"], good["score"]) == ("timeout", None, 2.0)
+
+
+def test_what_is_no_reward_is_said_before_anything_is_graded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'reward_plugins:HOOKS' is neither"):
+        grade(tmp_path, "HOOKS", {"response": ""})

@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import pool_plugins
 import pytest
-from pool_plugins import EVENTS, HOOKS, Caller
+from pool_plugins import EVENTS, HOOKS, Caller, FakeActor, never
 
-from rlsys import cluster, pool, remote_tool
+from rlsys import cluster, places
 from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.tool import ToolActor
 from rlsys.chat import Chat
 from rlsys.config import Config, PoolConfig, PooledPlugIn, SamplingConfig
 from rlsys.config_file import load_config
-from rlsys.errors import ActorError, ActorTimeoutError, ConfigError, ResourceError, RlsysError, ToolError
+from rlsys.errors import ActorError, ConfigError, ResourceError, ToolError
 from rlsys.interfaces import Session, ToolResult
+from rlsys.places import MAX_ATTEMPTS
 from rlsys.plugins import build
 from rlsys.pool import ActorPool
-from rlsys.remote_tool import MAX_ATTEMPTS, RemoteTool
+from rlsys.remote_tool import RemoteTool
 from rlsys.run import _demands
 from rlsys.scratch import byte_tokenizer
 from rlsys.types import Completion, Problem, RolloutGroup
@@ -39,57 +40,6 @@ ADDER, PYTHON = "pool_plugins:Adder", "rlsys.tools.python:PythonTool"
 def nothing_ordered() -> None:
     EVENTS.clear()
     HOOKS.clear()
-
-
-class FakeActor:
-    """A tool actor with the manners of one that Ray placed: it has deadlines, dies in mid-call, comes back empty."""
-
-    def __init__(self, name: str, plug_in: PooledPlugIn) -> None:
-        self.name = name
-        self.awake = asyncio.Event()
-        self.awake.set()
-        self.killed: list[str] = []
-        self.asked: list[str] = []
-        self._plug_in = plug_in
-        self.come_back()
-
-    def come_back(self) -> None:
-        """A new process with the same arguments."""
-        self.host = ToolActor(plug_in=self._plug_in, place="tools.0")
-        self._death = asyncio.Event()
-
-    @property
-    def alive(self) -> bool:
-        return not self._death.is_set()
-
-    def die(self) -> None:
-        self._death.set()
-
-    def kill(self, *, restart: bool = False) -> None:
-        self.killed.append("to be replaced" if restart else "for good")
-        self.die()
-
-    async def call(self, method: str, *args: Any, seconds: float) -> Any:
-        self.asked.append(method)
-        work = asyncio.ensure_future(self._work(method, *args))
-        death = asyncio.ensure_future(self._death.wait())
-        await asyncio.wait({work, death}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        death.cancel()
-        if not work.done() and not self.alive:
-            work.cancel()
-            raise ActorError(f"{self.name} died during {method}")
-        if not work.done():  # it goes on, as it would in another process
-            raise ActorTimeoutError(f"{self.name}.{method} did not answer within {seconds:g} s")
-        try:
-            return work.result()
-        except RlsysError:
-            raise
-        except Exception as error:
-            raise ActorError(f"{self.name}.{method} raised {type(error).__name__}: {error}") from error
-
-    async def _work(self, method: str, *args: Any) -> Any:
-        await (self.awake.wait() if self.alive else never())
-        return await getattr(self.host, method)(*args)
 
 
 def pooled(use: str = ADDER, options: Mapping[str, Any] | None = None, **settings: Any) -> PooledPlugIn:
@@ -124,10 +74,6 @@ async def settled() -> None:
     """Let everything run that needs no waiting."""
     for _ in range(50):
         await asyncio.sleep(0)
-
-
-async def never() -> None:
-    await asyncio.Event().wait()
 
 
 def at_once() -> Coroutine[Any, Any, None]:
@@ -308,7 +254,7 @@ def test_with_all_actors_dead_the_call_fails_at_its_deadline() -> None:
         session = await tool.open("r")
         for actor in actors:
             actor.die()
-        with pytest.raises(ToolError, match=r"none of its 2 actors took a session within 0\.2 s"):
+        with pytest.raises(ToolError, match=r"none of its 2 actors had a place within 0\.2 s"):
             await add(session, 1)
 
     asyncio.run(main())
@@ -375,7 +321,7 @@ def test_an_actor_that_comes_back_to_a_host_where_the_tool_cannot_start_is_passe
 
 def test_who_finds_all_places_taken_waits_in_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIRST_PAUSE_SECONDS", "LAST_PAUSE_SECONDS"):
-        monkeypatch.setattr(remote_tool, name, 600.0)  # it is the end of a session that lets the next one in
+        monkeypatch.setattr(places, name, 600.0)  # it is the end of a session that lets the next one in
 
     async def main() -> None:
         tool, actors = make(max_sessions=1, wait_seconds=60)
@@ -627,19 +573,38 @@ def test_a_tool_that_cannot_start_fails_the_pool_at_its_start() -> None:
         asyncio.run(start_pool(pooled(options={"fail": "start"})))
 
 
-def test_an_actor_that_hangs_is_replaced_and_one_that_died_is_left_to_ray(
-    placed: list[FakeActor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool, "WATCH_SECONDS", 0.01)
-
+def test_an_actor_that_hangs_is_replaced_and_one_that_died_is_left_to_ray(placed: list[FakeActor]) -> None:
     async def main() -> None:
-        made, _ = await start_pool(pooled(count=3, call_seconds=0.1))
+        made, _ = await start_pool(pooled(count=3, call_seconds=0.1, watch_seconds=0.01))
         placed[0].awake.clear()
         placed[1].die()
         async with asyncio.timeout(30):
             while not placed[0].killed:
                 await asyncio.sleep(0.01)
         assert [actor.killed for actor in placed] == [["to be replaced"], [], []]
+        await made.close()
+
+    asyncio.run(main())
+
+
+def test_no_look_waits_for_the_one_at_another_actor(placed: list[FakeActor]) -> None:
+    async def main() -> None:
+        made, _ = await start_pool(pooled(count=2, call_seconds=1.0, watch_seconds=0.01))
+        looks = asyncio.Event()
+        call = placed[0].call
+
+        async def slow(method: str, *args: Any, seconds: float) -> Any:
+            if method == "state":
+                await looks.wait()
+            return await call(method, *args, seconds=seconds)
+
+        placed[0].call = slow  # type: ignore[method-assign]
+        placed[1].awake.clear()
+        async with asyncio.timeout(30):
+            while not placed[1].killed:
+                await asyncio.sleep(0.01)
+        assert placed[0].killed == []
+        looks.set()
         await made.close()
 
     asyncio.run(main())
@@ -694,13 +659,6 @@ def test_pools_are_asked_for_beside_rollout_actors_and_learners(tmp_path: Path) 
 def test_a_pool_that_cannot_be_is_refused(tmp_path: Path, more: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(tmp_path / "run.yaml", more)
-
-
-def test_rewards_cannot_have_actors_so_far(tmp_path: Path) -> None:
-    text = YAML.replace('zero"}]', 'zero", actors: {count: 2}}]')
-    (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"rewards\.0\.actors: only tools can have actors of their own so far"):
-        load_config(tmp_path / "run.yaml")
 
 
 class CallingEngine:

@@ -11,9 +11,10 @@ import pytest
 
 from rlsys.chat import Chat
 from rlsys.config import SamplingConfig
-from rlsys.errors import ResourceError, ToolError
+from rlsys.errors import ResourceError, RewardError, ToolError
 from rlsys.interfaces import RewardResult, Session, ToolResult
-from rlsys.rollout import RewardFailedError, RewardTerm, mean_metrics, run_rollout
+from rlsys.reward_terms import RewardTerm
+from rlsys.rollout import mean_metrics, run_rollout
 from rlsys.scratch import byte_tokenizer
 from rlsys.types import Completion, Problem, Rollout
 
@@ -437,15 +438,15 @@ def test_the_reward_reads_what_the_policy_wrote_and_no_tool_output() -> None:
     ("reward", "says"),
     [
         (lambda *_: 1 / 0, "reward 'reward' raised ZeroDivisionError"),
-        (lambda *_: None, "reward 'reward' raised TypeError"),
+        (lambda *_: None, r"reward 'reward' gave None \(NoneType\) as a score"),
         (lambda _: 1.0, "reward 'reward' raised TypeError"),
-        (lambda *_: math.nan, "problem 'p' is nan, which is not finite"),
-        (lambda *_: RewardResult(score=math.inf), "is inf, which is not finite"),
+        (lambda *_: math.nan, r"gave nan \(float\) as a score; give a finite number"),
+        (lambda *_: RewardResult(score=math.inf), r"gave inf \(float\) as a score; give a finite number"),
     ],
 )
 def test_a_reward_that_fails_is_an_error_and_never_a_zero(reward: Any, says: str) -> None:
     tool = FakeTool()
-    with pytest.raises(RewardFailedError, match=says):
+    with pytest.raises(RewardError, match=says):
         run(FakeEngine(CALL, "2<|im_end|>"), tool=tool, reward=reward)
     assert tool.closed == 1
 
