@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MAX_START_SECONDS = 120.0
+START_SECONDS = 120.0
+RENEW_SECONDS = 5.0
 MAX_REPLY_BYTES = 4096
 _WORKER = Path(__file__).resolve().with_name("worker.py")
 
@@ -61,8 +62,7 @@ class WorkerPool:
         worker = self._idle.get()
         replacement: _Worker | None = None
         try:
-            worker = worker or self._start()
-            worker.wait_until_ready()
+            worker = self._ready(worker)
             reply = worker.ask(line, self._timeout_seconds)
             replacement = worker if reply or worker.is_ready else None
         except TimeoutError:
@@ -71,11 +71,26 @@ class WorkerPool:
             raise
         finally:
             if worker is not None and replacement is not worker:
-                self._living.discard(worker)
-                worker.kill()
-                worker.release()
+                self._end(worker)
             self._idle.put(replacement)
         return reply
+
+    def _ready(self, worker: _Worker | None) -> _Worker:
+        """This worker, or where it is not well another one, once it can be asked."""
+        if worker is not None:
+            if worker.wait_until_ready():
+                return worker
+            self._end(worker)
+        worker = self._start()
+        if not worker.wait_until_ready():
+            self._end(worker)
+            raise WorkerError(f"a grading worker did not start within {START_SECONDS:g} s")
+        return worker
+
+    def _end(self, worker: _Worker) -> None:
+        self._living.discard(worker)
+        worker.kill()
+        worker.release()
 
     def _start(self) -> _Worker:
         if self._closed:
@@ -117,17 +132,23 @@ class _Worker:
             start_new_session=True,
         )
 
-    def wait_until_ready(self) -> None:
-        """Wait for the program's imports, the first time, or for the next fork."""
+    def wait_until_ready(self) -> bool:
+        """Wait for the program's imports, the first time, or for the next fork; False where that takes too long.
+
+        Raises WorkerError where the program cannot start.
+        """
         if self._pid is not None:
-            return
+            return True
         try:
-            while not self._note_ready(answer := self._read_line(MAX_START_SECONDS)):
-                if not self._renewed or not answer:
+            while not self._note_ready(answer := self._read_line(RENEW_SECONDS if self._renewed else START_SECONDS)):
+                if not answer and self._renewed:
+                    return False
+                if not self._renewed:
                     reason = answer or "it died; its error output says why"
                     raise WorkerError(f"a grading worker cannot start: {reason}")
         except TimeoutError:
-            raise WorkerError(f"a grading worker did not start within {MAX_START_SECONDS:g} s") from None
+            return False
+        return True
 
     @property
     def is_ready(self) -> bool:

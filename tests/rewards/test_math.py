@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -287,3 +289,47 @@ def test_options_without_sense_are_refused() -> None:
         MathReward(num_workers=0)
     with pytest.raises(ValueError, match="any, boxed, tag, phrase, bare"):
         MathReward(form="box")  # type: ignore[arg-type]
+
+
+def test_every_answer_gets_its_status_while_workers_are_killed_and_stopped_at_random() -> None:
+    reward, dice = MathReward(timeout_seconds=2.0, num_workers=2), random.Random(7)
+    pairs = [(f"{n}^{{x}}", rf"\boxed{{{n}^{{x-1}} \cdot {n if n % 2 else n + 1}}}") for n in range(3, 63)]
+    over = threading.Event()
+
+    def strike() -> None:
+        while not over.wait(dice.uniform(0.05, 0.2)):
+            for worker in list(reward._pool._living)[:1]:
+                if (serves := worker._pid) is not None:
+                    blows = [(serves, signal.SIGKILL), (serves, signal.SIGSTOP), (worker._process.pid, signal.SIGKILL)]
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(*dice.choice(blows))
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    statuses = grade(reward, *pairs)
+    over.set()
+    striker.join()
+    for (gold, _), status in zip(pairs, statuses, strict=True):
+        right = "correct" if int(gold.partition("^")[0]) % 2 else "wrong"
+        assert status in (right, "error", "timeout"), "a blow never becomes a verdict"
+    assert statuses.count("error") + statuses.count("timeout") > 0
+    assert set(grade(reward, pairs[0], pairs[2])) <= {"correct", "error", "timeout"}  # the last blow may show only now
+    assert grade(reward, pairs[0], pairs[2]) == ["correct", "correct"]
+    reward.close()
+
+
+def test_a_template_that_hangs_is_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlsys.rewards.pool.RENEW_SECONDS", 0.3)
+    reward = MathReward(timeout_seconds=1.0)
+    pair = ("2^{x}", r"\boxed{2^{x-1} \cdot 2}")
+    assert grade(reward, pair) == ["correct"]
+    (worker,) = reward._pool._living
+    assert worker._pid is not None
+    for pid in (worker._process.pid, worker._pid):
+        os.kill(pid, signal.SIGSTOP)
+    assert grade(reward, pair) == ["timeout"]
+    reward._pool._timeout_seconds = 20.0
+    assert grade(reward, pair) == ["correct"]
+    assert worker_ids(reward) != [worker._process.pid]
+    assert wait_until_ended([worker._process.pid])
+    reward.close()
