@@ -121,8 +121,8 @@ async def require(demands: Sequence[Demand], *, wait_seconds: float) -> None:
         if time.monotonic() > deadline:
             state = lacking or f"{busy} (the rest is taken by other work)"
             raise ResourceError(
-                f"{state}; lower actors.count, learners.count, the count of a tool's actors or their cpus/gpus, or add "
-                f"nodes (waited {wait_seconds:g} s)"
+                f"{state}; lower actors.count, learners.count, the count of a reward's or tool's actors or their "
+                f"cpus/gpus, or add nodes (waited {wait_seconds:g} s)"
             )
         if not asked_to_grow:
             request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
