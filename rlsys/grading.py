@@ -18,6 +18,9 @@ from rlsys.plugins import run_hook
 from rlsys.reward_terms import RewardTerm
 from rlsys.types import Problem, Rollout, RolloutGroup
 
+_FIELDS = ("response", "answer", "prompt", "id", "source")
+"""The keys of a line that are not the problem's metadata."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
@@ -36,7 +39,8 @@ class Graded:
 
 
 def read_responses(path: Path) -> list[tuple[Problem, str]]:
-    """The lines of a JSONL file: `response`, mostly `answer`, and perhaps `prompt` (a text or messages) and `id`.
+    """The lines of a JSONL file: `response`, mostly `answer`, and perhaps `prompt` (a text or messages), `id`
+    and `source`.
 
     Raises:
         DataError: the file is missing, empty, or a line of it (named) is not of that form.
@@ -69,7 +73,8 @@ def _row(line: str, path: Path, number: int) -> tuple[Problem, str]:
             id=str(row.get("id", f"line {number}")),
             prompt=tuple(messages),
             answer=None if answer is None else str(answer),
-            metadata={key: value for key, value in row.items() if key not in ("response", "answer", "prompt", "id")},
+            source=str(row.get("source", "")),
+            metadata={key: value for key, value in row.items() if key not in _FIELDS},
         )
     except ValueError as error:
         raise DataError(f"{path}:{number}: {error}") from error

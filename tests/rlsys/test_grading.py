@@ -116,3 +116,9 @@ def test_a_response_whose_grading_hangs_ends_at_the_deadline_with_the_status_tim
 def test_what_is_no_reward_is_said_before_anything_is_graded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'reward_plugins:HOOKS' is neither"):
         grade(tmp_path, "HOOKS", {"response": ""})
+
+
+def test_a_line_may_say_where_its_problem_is_from(tmp_path: Path) -> None:
+    path = write(tmp_path, {"response": "5", "answer": "5", "source": "chain_sum", "level": 2})
+    ((problem, _),) = read_responses(path)
+    assert (problem.source, problem.metadata) == ("chain_sum", {"level": 2})
