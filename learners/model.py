@@ -79,12 +79,19 @@ AttentionInterface.register("rlsys_packed", packed_attention)
 AttentionMaskInterface.register("rlsys_packed", lambda *_, **__: None)
 
 
+def num_chunks(num_targets: int) -> int:
+    """How often the head runs for so many trained tokens."""
+    return max(1, -(-num_targets // _HEAD_CHUNK))
+
+
 class Policy(nn.Module):
     """Log-probs and entropies of the trained tokens of a micro-batch."""
 
     def __init__(self, hf: nn.Module, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.hf = hf
+        self.least_chunks = 1
+        """The head runs at least so often, on no tokens at last: for ranks that must run it equally often."""
         if activation_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -118,7 +125,7 @@ class Policy(nn.Module):
             checkpoint(
                 self._head, before[i : i + _HEAD_CHUNK], labels[i : i + _HEAD_CHUNK], temperature, use_reentrant=False
             )
-            for i in range(0, max(len(targets), 1), _HEAD_CHUNK)
+            for i in range(0, _HEAD_CHUNK * max(num_chunks(len(targets)), self.least_chunks), _HEAD_CHUNK)
         ]
         return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
 

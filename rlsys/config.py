@@ -119,6 +119,8 @@ class LearnersConfig:
     """Custom Ray resources for each, such as `{learner: 1}`."""
     use: str = "rlsys.learners.fsdp:FsdpLearner"
     """The learner class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The learner class's own, such as `{stage: 2}` of the DeepSpeed learner."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the forward and backward pass; master weights and reductions stay float32."""
     max_tokens_per_micro_batch: int = 8192

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("actors", "learners", "rewards", "tools", "configs")
 PLUG_INS = ("actors", "learners", "rewards", "tools")
 DOORS = {
+    "deepspeed": {"learners/deepspeed.py"},
     "ray": {"rlsys/cluster.py"},
     "vllm": {"actors/engine.py", "actors/scheduler.py", "actors/weights.py", "learners/sender.py"},
 }
