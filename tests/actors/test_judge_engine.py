@@ -116,7 +116,7 @@ def test_the_verdict_is_what_transformers_says_it_is(asked: Judging) -> None:
     assert {int(done.tokens[0]) for _, done in verdicts} == {yes, no}, "both words were sampled, so both ways are tried"
     assert np.ptp(expected) > 0.05
     assert {result.status for result in results} <= {"correct", "wrong"}
-    assert all(result.terms["reason_tokens"] > 0 for result in results)
+    assert any(result.terms["reason_tokens"] > 0 for result in results)  # some end their turn at once
     asked_at = asked.chat._tokenizer.encode("\nVerdict:", add_special_tokens=False)
     assert all(prompt[-len(asked_at) :] == asked_at for prompt, _ in verdicts)
 
