@@ -70,11 +70,11 @@ class MathReward:
             return "no_answer"
         if (decided := same_numbers(reference, found)) is not None:
             return "correct" if decided else "wrong"
-        answer = normalize(found[: MAX_ANSWER_CHARACTERS + 1])
+        if len(found) > MAX_ANSWER_CHARACTERS or sum(map(found.count, "([{")) > MAX_BRACKETS:
+            return "wrong"
+        answer = normalize(found)
         if not answer:
             return "no_answer"
-        if len(answer) > MAX_ANSWER_CHARACTERS or sum(map(answer.count, "([{")) > MAX_BRACKETS:
-            return "wrong"
         gold = normalize(find_boxed(reference) or reference)
         if (decided := same(gold, answer)) is not None:
             return "correct" if decided else "wrong"

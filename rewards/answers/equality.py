@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from rlsys.rewards.answers import exact
-from rlsys.rewards.answers.exact import PI, Exact, Huge
+from rlsys.rewards.answers.exact import PI, Exact, Huge, Unreadable, Value
 from rlsys.rewards.answers.expressions import Scalar
 from rlsys.rewards.answers.forms import Based, Collection, Equation, Form, Group, Matrix, Union, read
 from rlsys.rewards.answers.units import read_unit
@@ -53,7 +53,10 @@ def same(gold: str, answer: str) -> bool | None:
         return False  # the reference is words or a letter for sure, and the answer is not the same
     if _DECIMAL_COMMA.fullmatch(answer) and answer.replace(",", ".") == gold:
         return True
-    results = [_same(left, right) for left in read(gold) for right in read(answer)]
+    try:
+        results = [_same(left, right) for left in read(gold) for right in read(answer)]
+    except (Unreadable, RecursionError):  # each can be read, but what is made of both has too many terms
+        return None
     if True in results:
         return True
     return None if None in results or not results else False
@@ -214,7 +217,7 @@ def _same_based(gold: Form, answer: Form) -> bool | None:
 
 def _same_scalar(gold: Scalar, answer: Scalar) -> bool | None:
     if isinstance(gold.value, Huge) or isinstance(answer.value, Huge):
-        return None if isinstance(gold.value, Huge) and isinstance(answer.value, Huge) else False
+        return None if _may_be_huge(gold.value) and _may_be_huge(answer.value) else False
     factor = _unit_factor(gold, answer)
     if factor is None:
         return False
@@ -229,6 +232,15 @@ def _same_scalar(gold: Scalar, answer: Scalar) -> bool | None:
     if result is False and number is not None and abs(number) >= 1:
         return _same_value(percent, plain)
     return result
+
+
+def _may_be_huge(value: Value) -> bool:
+    """Whether it is HUGE, or so large a number that a HUGE one divided by a little may be the same."""
+    if isinstance(value, Huge):
+        return True
+    number = value.rational()
+    bits = 0 if number is None else max(number.numerator.bit_length(), number.denominator.bit_length())
+    return bits > exact.MAX_BITS // 2
 
 
 def _same_value(gold: Scalar, answer: Scalar) -> bool | None:

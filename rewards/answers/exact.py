@@ -15,7 +15,7 @@ import math
 from fractions import Fraction
 
 MAX_BITS = 20_000
-"""Of a numerator or denominator. No text of 400 characters can undo as many by multiplying."""
+"""Of a numerator or denominator. No text of 400 characters can undo half as many by multiplying."""
 MAX_TERMS = 150
 MAX_DEGREE = 64
 MAX_RADICAND = 10**8  # factored by trial division
@@ -33,7 +33,7 @@ class Unreadable(Exception):
 
 
 class Huge:
-    """A rational number with more than MAX_BITS bits: different from everything that can be written out."""
+    """A rational number that has had more than MAX_BITS bits: different from all that have less than half as many."""
 
     def __repr__(self) -> str:
         return "HUGE"

@@ -18,8 +18,9 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _PHRASE = re.compile(r"answer\s*(?:is\s*:?|:)\s*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
-_INLINE = re.compile(r"\$([^$\n]+)\$|\\\((.+?)\\\)")
-_LAST_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+# Up to the next beginning at most: else a flood of beginnings without an end would be looked through from each of them.
+_INLINE = re.compile(r"\$([^$\n]+)\$|\\\(((?:(?!\\\().)+?)\\\)")
+_LAST_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]", re.DOTALL)
 _LAST_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w/])", re.ASCII)
 
 

@@ -20,25 +20,30 @@ _SIGNS = str.maketrans(
     | dict.fromkeys("\u00a0\u2009\u202f\u2007", " ")
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
 )
-_REPEATING = re.compile(r"(\d*\.\d*?)(\d{1,6})\2{2,}\s*(?:\.\.\.|\\ldots|\\dots|\\cdots)")
+_REPEATING = re.compile(r"(\d*\.\d*?)(\d{1,6})\2{2,}\s*(?:\.\.\.|\\ldots|\\dots|\\cdots)")  # quadratic: for short texts
 _DOT = re.compile(r"\\dot\s*\{(\d)\}")
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
 _GAP = re.compile(r"\\\\\s*\[\s*[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
-_PREFACE = re.compile(r"^\\text\s*\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}\s*(?=[^\s])")
+_PREFACE = re.compile(r"^\\text\s*\{[^{}]*\b(?:is|are|equals)\s*(?::\s*)?\}\s*(?=\S)")
 _WRAPPER = re.compile(
     r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bm|text|textbf|textrm|textit|mbox)\s*\{(.*)\}|\{(.*)\}", re.DOTALL
 )
-_CHOOSE = re.compile(r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}")
+_CHOOSE = re.compile(r"\{([^{}]+?)\\choose\b([^{}]+)\}")
 _COUNTED = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split())}
-_WORDS = re.compile(r"(?:\\text(?:bf|rm)?\s*\{)?\s*(negative |minus )?([A-Za-z ]+?)\s*\.?\s*\}?")
+_WORDS = re.compile(r"(?:\\text(?:bf|rm)?\{)?(negative |minus )?([A-Za-z ]+)\.?\}?")
+_MAX_SHORT = 60
+"""Characters of a text that can be a number in words, or decimals that repeat."""
 
 
 def normalize(answer: str) -> str:
-    """The answer without its delimiters, a closing period and spacing commands, with common Unicode signs in LaTeX."""
+    """The answer without its delimiters, a closing period and spacing commands, with common Unicode signs in LaTeX.
+
+    Runs in the event loop on what a policy wrote: no pattern here may be worse than linear in a long text.
+    """
     text = answer.strip() if answer.isascii() else _to_ascii(answer).strip()
     for left, right in _DELIMITERS:
         inner = text[len(left) : -len(right)]
@@ -47,7 +52,7 @@ def normalize(answer: str) -> str:
     if "\\" in text:
         text = _without_decoration(text)
     text = _THOUSANDS.sub("", text).replace("\\!", "").replace("{,}", ".").replace("\\$", "$")
-    if text.endswith(("...", "dots")):
+    if text.endswith(("...", "dots")) and len(text) <= _MAX_SHORT:
         text = _REPEATING.sub(r"\1\\overline{\2}", text)
     text = text.rstrip(". \n")
     if text.startswith(("$", "-$")):
@@ -79,9 +84,9 @@ def _without_decoration(text: str) -> str:
 
 def _of_words(text: str) -> str | None:
     """The spelling of what is said in words: a small number, or all numbers."""
-    if not (found := _WORDS.fullmatch(text)):
+    if len(text) > _MAX_SHORT or not (found := _WORDS.fullmatch(text)):
         return None
-    said = found[2].lower()
+    said = found[2].strip().lower()
     if said in ("all real numbers", "all reals"):
         return r"\mathbb{R}"
     number = _NUMBER_WORDS.get(said)

@@ -313,3 +313,13 @@ def test_no_text_makes_it_stumble(gold: str, pieces: list[str]) -> None:
     answer = normalize("".join(pieces))
     assert same(normalize(gold), answer) in (True, False, None)
     assert same(answer, answer) is True
+
+
+def test_two_sides_that_are_too_large_together_are_left_open() -> None:
+    sum_of_powers = "+".join(f"x^{{{n}}}" for n in range(40))
+    assert same(r"\frac{1}{(1+x)^{20}}", sum_of_powers) is None
+
+
+def test_a_huge_number_divided_by_a_little_may_be_one_that_is_just_not_huge() -> None:
+    assert same("2^{20000}", r"\frac{2^{20002}}{4}") is None
+    assert same("2^{1000}", r"\frac{2^{20002}}{4}") is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlsys.rewards.answers.equality import same
 from rlsys.rewards.answers.finding import MAX_ANSWER_CHARACTERS, find_answer, find_boxed
 from rlsys.rewards.answers.spelling import normalize
 
@@ -110,3 +111,41 @@ def test_a_flood_of_braces_is_bounded_work() -> None:
 )
 def test_answers_have_one_spelling(answer: str, normal: str) -> None:
     assert normalize(answer) == normal
+
+
+STARTS = ("", "a", "1", ".", "\\", "{", "\\{", r"\text{", r"\text{is", r"\text{a", "answer is ", "√", "(", "1.")
+PUMPS = (
+    " ",
+    "a",
+    "1",
+    ".1",
+    "12",
+    "\\",
+    "{",
+    "}",
+    "{ ",
+    "\\(",
+    "\\[",
+    "$",
+    "√(",
+    "is ",
+    r"\color{",
+    r"\\[",
+    ",",
+    "1, ",
+    "'",
+    "²",
+)
+ENDS = ("", "!", "}", "x...", "x")
+
+
+@pytest.mark.timeout(60)  # a pattern that is worse than linear takes minutes to years
+@pytest.mark.parametrize("start", STARTS)
+def test_no_long_text_holds_the_event_loop(start: str) -> None:
+    for pump in PUMPS:
+        for end in ENDS:
+            text = start + pump * (MAX_ANSWER_CHARACTERS // len(pump)) + end
+            same(normalize(text), normalize("x"))
+            same("7", normalize(text))
+            find_answer(text)
+            find_answer(r"\boxed{" + text + "}")
