@@ -36,6 +36,7 @@ _COUNTED = (
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _WORDS = re.compile(r"(?:\\text(?:bf|rm)?\{)?(negative |minus )?([A-Za-z ]+)\.?\}?")
 _MAX_SHORT = 60
+_MAX_WRAPPERS = 8
 """Characters of a text that can be a number in words, or decimals that repeat."""
 
 
@@ -77,7 +78,9 @@ def _without_decoration(text: str) -> str:
     text = _GAP.sub(r"\\\\", _COLOR.sub("", _DOT.sub(r"\\overline{\1}", text)))
     text = _PREFACE.sub("", text)
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
-    while (found := _WRAPPER.fullmatch(text)) and _is_formula(inner := found[1] or found[2]):
+    for _ in range(_MAX_WRAPPERS):
+        if not (found := _WRAPPER.fullmatch(text)) or not _is_formula(inner := found[found.lastindex or 0]):
+            break
         text = inner.strip()
     return text
 

@@ -149,3 +149,15 @@ def test_no_long_text_holds_the_event_loop(start: str) -> None:
             same("7", normalize(text))
             find_answer(text)
             find_answer(r"\boxed{" + text + "}")
+
+
+@pytest.mark.timeout(20)  # unwrapped to the last brace, it would take minutes
+def test_deep_wrappers_do_not_hold_the_event_loop() -> None:
+    assert normalize(r"\text{{\pi}}") == r"\pi"
+    half = MAX_ANSWER_CHARACTERS // 2
+    normalize("{" * half + r"\pi" + "}" * half)
+
+
+def test_an_empty_wrapper_is_an_answer_like_any_other() -> None:
+    assert normalize(r"\text{}") == r"\text{}"
+    assert same(normalize(r"\text{}"), normalize(r"\text{}")) is True
