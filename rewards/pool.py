@@ -55,15 +55,15 @@ class WorkerPool:
         """
         if self._closed:
             raise WorkerError("the worker pool is closed")
-        line = json.dumps(dict(request)).encode() + b"\n"
-        return await asyncio.wrap_future(self._threads.submit(self._ask, line))
+        text = json.dumps(dict(request))
+        return await asyncio.wrap_future(self._threads.submit(self._ask, text))
 
-    def _ask(self, line: bytes) -> str:
+    def _ask(self, request: str) -> str:
         worker = self._idle.get()
         replacement: _Worker | None = None
         try:
             worker = self._ready(worker)
-            reply = worker.ask(line, self._timeout_seconds)
+            reply = worker.ask(request, self._timeout_seconds)
             replacement = worker if reply or worker.is_ready else None
         except TimeoutError:
             if worker is not None and worker.renew():
@@ -122,6 +122,7 @@ class _Worker:
     def __init__(self, program: Path) -> None:
         self._pid: int | None = None  # of the fork that serves, once it does
         self._renewed = False  # whether the last one was killed
+        self._asked = 0
         self._unread = b""
         self._process = subprocess.Popen(
             # -P: the program's folder may hold files named like modules of the standard library.
@@ -163,16 +164,27 @@ class _Worker:
         self._pid, self._renewed = int(pid), False
         return True
 
-    def ask(self, line: bytes, timeout_seconds: float) -> str:
-        """The reply to one request; empty where the fork, or the whole worker, died of it."""
+    def ask(self, request: str, timeout_seconds: float) -> str:
+        """The reply to one request; empty where the fork, or the whole worker, died of it.
+
+        A fork that died before it read the request leaves that to its successor, whose reply comes after all: only the
+        number tells it from the reply to the next one.
+        """
         assert self._process.stdin is not None
+        self._asked += 1
+        deadline = time.monotonic() + timeout_seconds
         try:
-            self._process.stdin.write(line)
+            self._process.stdin.write(f"{self._asked} {request}\n".encode())
         except BrokenPipeError:
             self._pid = None
             return ""
-        reply = self._read_line(timeout_seconds)
-        return "" if self._note_ready(reply) else reply
+        while line := self._read_line(deadline - time.monotonic()):
+            number, _, reply = line.partition(" ")
+            if number == str(self._asked):
+                return reply
+            if self._note_ready(line):
+                break
+        return ""
 
     def renew(self) -> bool:
         """Kill the fork that serves; whether its template, which makes the next one, is alive."""

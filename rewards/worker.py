@@ -4,7 +4,8 @@ The program has `warm()`, which imports what it needs, and `grade(request) -> st
 only forks: the fork answers, one line of JSON in, one line of text out, and is killed by the pool at its deadline. Its
 successor is there in milliseconds. A file of its own, run by path, because it must not import rlsys.
 
-Lines out: "ready PID" from every fork, then one reply for each request; anything else is why the program cannot start.
+Lines in: "NUMBER JSON". Lines out: "ready PID" from every fork, then "NUMBER REPLY" for each request that it reads,
+which may be one that its predecessor did not live to read; anything else is why the program cannot start.
 """
 
 import ctypes
@@ -45,11 +46,12 @@ def serve(program: Any, replies: int) -> None:
     """Answer until the pool closes the pipe."""
     os.write(replies, f"ready {os.getpid()}\n".encode())
     for line in sys.stdin:
+        number, _, request = line.partition(" ")
         try:
-            answer = str(program.grade(json.loads(line)))
+            answer = str(program.grade(json.loads(request)))
         except Exception:  # untrusted input: whatever it made a library do is the answer "error"
             answer = "error"
-        os.write(replies, answer.encode() + b"\n")
+        os.write(replies, f"{number} {answer}\n".encode())
 
 
 def main() -> None:

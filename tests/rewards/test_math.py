@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -315,6 +316,19 @@ def test_every_answer_gets_its_status_while_workers_are_killed_and_stopped_at_ra
     assert statuses.count("error") + statuses.count("timeout") > 0
     assert set(grade(reward, pairs[0], pairs[2])) <= {"correct", "error", "timeout"}  # the last blow may show only now
     assert grade(reward, pairs[0], pairs[2]) == ["correct", "correct"]
+    reward.close()
+
+
+def test_a_reply_that_a_successor_gives_late_is_not_taken_for_the_next_one() -> None:
+    reward = MathReward(timeout_seconds=20.0)
+    wrong, right = ("2^{x}", r"\boxed{2^{x-1} \cdot 3}"), ("3^{x}", r"\boxed{3^{x-1} \cdot 3}")
+    assert grade(reward, right) == ["correct"]
+    (worker,) = reward._pool._living
+    assert worker._pid is not None
+    os.kill(worker._pid, signal.SIGKILL)  # between two requests
+    assert select.select([worker._process.stdout], [], [], 20.0)[0], "no successor came"
+    assert grade(reward, wrong) == ["error"]
+    assert grade(reward, right) == ["correct"]
     reward.close()
 
 
