@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlsys.checkpoint import check_same_model
 from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.learners.learner import Learner
-from rlsys.learners.model import Policy, num_chunks
+from rlsys.learners.model import PackedNetwork
+from rlsys.learners.optimizers import adamw
 from rlsys.plugins import check_options
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -53,43 +55,26 @@ class DeepSpeedLearner(Learner):
 
     def __init__(self, *, model_path: str, config: LearnersConfig, rank: int, world_size: int) -> None:
         super().__init__(model_path=model_path, config=config, rank=rank, world_size=world_size)
-        check_options(self._configure, config.options, place="learners")
-        self._configure(**config.options)
+        self._settings = _settings(config.dtype, **config.options)
+        self._stage = int(self._settings["zero_optimization"]["stage"])
 
-    def _configure(self, stage: int = 3, settings: Mapping[str, Any] | None = None) -> None:
-        """Take `learners.options`: ZeRO's stage, and anything else of DeepSpeed's own configuration."""
-        if stage not in (2, 3):
-            raise ConfigError(f"learners.options.stage is {stage!r}; give 2 for ZeRO-2 or 3 for ZeRO-3")
-        settings = dict(settings or {})
-        taken = [name for name in _OWN_SETTINGS if name in settings]
-        if taken:
-            raise ConfigError(
-                f"learners.options.settings: {', '.join(taken)} follows from `optimizer`, `learners.dtype` and "
-                "`learners.max_tokens_per_micro_batch`; set those"
-            )
-        zero = dict(settings.pop("zero_optimization", {}))
-        if "stage" in zero:
-            raise ConfigError("learners.options.settings.zero_optimization.stage: set learners.options.stage instead")
-        self._stage = stage
-        self._settings: dict[str, Any] = {
-            # The learner packs its micro-batches itself and says which is the last.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "steps_per_print": None,
-            "bf16": {"enabled": self._config.dtype == "bfloat16"},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-            **settings,
-            "zero_optimization": {**zero, "stage": stage},
-        }
+    @classmethod
+    def check_config(cls, config: LearnersConfig, optimizers: Mapping[str, OptimizerConfig]) -> None:
+        """Refuse options that ZeRO has no meaning for, and optimizers other than AdamW."""
+        check_options(_settings, config.options, place="learners", given=1)
+        _settings(config.dtype, **config.options)
+        for place, optimizer in optimizers.items():
+            if optimizer.kind != "adamw":
+                raise ConfigError(
+                    f"{place}.kind is {optimizer.kind}, but DeepSpeedLearner has adamw only, because ZeRO flattens the "
+                    "weights; set adamw, or learners.use=rlsys.learners.fsdp:FsdpLearner"
+                )
 
-    def _open(self, policy: Policy, optimizer: OptimizerConfig) -> None:
+    def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
         deepspeed = _imported(self._device)
         self._policy = policy
         exact = {} if self._dtype == torch.float32 else {n: p.detach() for n, p in policy.named_parameters()}
-        adam = torch.optim.AdamW(
-            policy.parameters(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
-        )
+        adam = adamw((weight for weight in policy.parameters() if weight.requires_grad), optimizer)
         settings = {**self._settings, "gradient_clipping": optimizer.max_grad_norm}
         self._engine = deepspeed.initialize(model=policy, optimizer=adam, config=settings, dist_init_required=False)[0]
         self._restore_master_weights(exact)
@@ -110,7 +95,7 @@ class DeepSpeedLearner(Learner):
         flat = whole.flatten()[self._rank * size : (self._rank + 1) * size]
         return torch.nn.functional.pad(flat, (0, size - len(flat)))
 
-    def _open_reference(self, policy: Policy) -> None:
+    def _open_reference(self, policy: PackedNetwork) -> None:
         if self._stage == 2:
             # Parameters are whole on every rank of ZeRO-2, so the reference is.
             self._reference = policy.to(self._device)
@@ -128,7 +113,7 @@ class DeepSpeedLearner(Learner):
 
     def _agree_on_chunks(self, num_targets: int) -> None:
         """Let the head run equally often on all ranks: they gather it each time, and would wait for one another."""
-        chunks = torch.tensor(num_chunks(num_targets), device=self._device)
+        chunks = torch.tensor(self._policy.num_chunks(num_targets), device=self._device)
         dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
         self._policy.least_chunks = int(chunks)
         if self._reference is not None:
@@ -146,6 +131,13 @@ class DeepSpeedLearner(Learner):
         self._engine.step()  # clips, and skips a step whose norm is not finite
         return float(self._engine.get_global_grad_norm())
 
+    def _masters(self) -> list[Tensor]:
+        optimizer = self._engine.optimizer
+        found: list[Tensor] = (
+            optimizer.single_partition_of_fp32_groups if self._stage == 2 else optimizer.fp32_partitioned_groups_flat
+        )
+        return [shard.detach() for shard in found]
+
     def _move_reference(self) -> None:
         current = dict(self._policy.named_parameters())
 
@@ -161,9 +153,11 @@ class DeepSpeedLearner(Learner):
             with weights(name) as weight, self._gathered(parameter, modifier=0):
                 parameter.data.copy_(weight)
 
-    def _reference_network(self) -> Policy:
+    def _reference_network(self) -> PackedNetwork:
+        if self._config.lora is not None:  # the policy itself, without its adapters
+            return self._policy
         network = self._reference if self._stage == 2 else self._reference.module
-        assert isinstance(network, Policy)
+        assert isinstance(network, PackedNetwork)
         return network
 
     def _gathered(self, *parameters: Tensor, modifier: int | None = None) -> AbstractContextManager[Any]:
@@ -175,17 +169,16 @@ class DeepSpeedLearner(Learner):
         gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier)
         return gathered
 
-    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._named_parameters():
-            with self._gathered(parameter):
-                # A copy: what was gathered is freed at the end of the block, and the sender may keep it longer.
-                full = parameter.detach().to(self._dtype, copy=True).contiguous()
-            yield name, full
+    def _whole(self, parameter: Tensor) -> Tensor:
+        with self._gathered(parameter):
+            # A copy: what was gathered is freed at the end of the block, and the sender may keep it longer.
+            return parameter.detach().clone()
 
     def save(self, folder: str) -> None:
         """Write DeepSpeed's own checkpoint into a fresh folder, and the reference if it was reset.
 
-        DeepSpeed's `zero_to_fp32.py` in it makes ordinary weights of it, without this package.
+        All is written when this returns. DeepSpeed's `zero_to_fp32.py` in it makes ordinary weights of it, without
+        this package.
         """
         self._engine.save_checkpoint(folder, tag=_TAG)
         if self._reference_moved:
@@ -197,9 +190,18 @@ class DeepSpeedLearner(Learner):
             if self._rank == 0:
                 torch.save(kept, Path(folder) / _REFERENCE)
         if self._rank == 0:
-            written = {**self._layout(), "step": self._step, "reference": self._reference_moved}
+            written = {
+                **self._layout(),
+                "step": self._step,
+                "reference": self._reference_moved,
+                "weights": self._shapes,
+            }
             (Path(folder) / _ABOUT).write_text(json.dumps(written))
         dist.barrier()
+
+    def saved(self) -> bool:
+        """Always: DeepSpeed writes its own format before `save` returns."""
+        return True
 
     def load(self, folder: str) -> None:
         """Read back what `save` wrote with as many ranks, at the same stage and dtype; bit for bit."""
@@ -218,7 +220,7 @@ class DeepSpeedLearner(Learner):
         """What the checkpoint says of itself, where it fits this learner."""
         about = json.loads((Path(folder) / _ABOUT).read_text())
         mine = self._layout()
-        if not isinstance(about, dict) or about.keys() != mine.keys() | {"step", "reference"}:
+        if not isinstance(about, dict) or about.keys() != mine.keys() | {"step", "reference", "weights"}:
             raise CheckpointError(f"{Path(folder) / _ABOUT} is not of a DeepSpeed learner's checkpoint: {about!r}")
         written = {name: about[name] for name in mine}
         if written != mine:
@@ -226,6 +228,7 @@ class DeepSpeedLearner(Learner):
                 f"{folder} was written with {_spelt(written)} and cannot be resumed with {_spelt(mine)}; "
                 "set the former, or begin a new run from an exported model"
             )
+        check_same_model(folder, saved=about["weights"], mine=self._shapes)
         return about
 
     def _layout(self) -> dict[str, Any]:
@@ -240,6 +243,37 @@ class DeepSpeedLearner(Learner):
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
         super().close()
+
+
+def _settings(dtype: str, stage: int = 3, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration out of `learners.options`: ZeRO's stage, and anything else of its own.
+
+    Raises:
+        ConfigError: another stage than 2 or 3, or settings that other sections of the run decide.
+    """
+    if stage not in (2, 3):
+        raise ConfigError(f"learners.options.stage is {stage!r}; give 2 for ZeRO-2 or 3 for ZeRO-3")
+    settings = dict(settings or {})
+    taken = [name for name in _OWN_SETTINGS if name in settings]
+    if taken:
+        raise ConfigError(
+            f"learners.options.settings: {', '.join(taken)} follows from `optimizer`, `learners.dtype` and "
+            "`learners.max_tokens_per_micro_batch`; set those"
+        )
+    zero = dict(settings.pop("zero_optimization", {}))
+    if "stage" in zero:
+        raise ConfigError("learners.options.settings.zero_optimization.stage: set learners.options.stage instead")
+    return {
+        # The learner packs its micro-batches itself and says which is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        **settings,
+        "zero_optimization": {**zero, "stage": stage},
+    }
 
 
 def _spelt(layout: Mapping[str, Any]) -> str:

@@ -3,62 +3,83 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rlsys.checkpoint import check_same_model
 from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.learners.learner import Learner
-from rlsys.learners.model import Policy
+from rlsys.learners.model import PackedNetwork
+from rlsys.learners.optimizers import optimizers
+from rlsys.packing import MicroBatch
+
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""What a checkpoint holds of the policy: weights that adapters stand beside come from the model's folder again."""
+
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+"""What torch raises where files are missing, cut or full of something else."""
 
 
 class FsdpLearner(Learner):
     """One rank: parameters, gradients and optimizer states are sharded, and gathered layer by layer."""
 
-    _reference: Policy | None
+    _reference: PackedNetwork | None
+    _writing: Future[Any] | None = None
 
-    def __init__(self, *, model_path: str, config: LearnersConfig, rank: int, world_size: int) -> None:
-        super().__init__(model_path=model_path, config=config, rank=rank, world_size=world_size)
+    @classmethod
+    def check_config(cls, config: LearnersConfig, optimizers: Mapping[str, OptimizerConfig]) -> None:  # noqa: ARG003
+        """Refuse options: there is none. Every optimizer works."""
         if config.options:
             raise ConfigError(f"learners.options: FsdpLearner has none, but {', '.join(config.options)} was given")
 
-    def _open(self, policy: Policy, optimizer: OptimizerConfig) -> None:
+    def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
         self._mesh = init_device_mesh(self._device.type, (self._world_size,))
+        # A thread that writes a checkpoint must not get between the collectives of the training.
+        self._saving_group = dist.new_group(backend="gloo")
         self._policy = self._sharded(policy)
-        self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self._optimizers = optimizers(self._policy, optimizer)
 
-    def _open_reference(self, policy: Policy) -> None:
+    def _open_reference(self, policy: PackedNetwork) -> None:
         self._reference = self._sharded(policy)
 
-    def _sharded(self, policy: Policy) -> Policy:
+    def _sharded(self, policy: PackedNetwork) -> PackedNetwork:
         policy.to(self._device)
         precision = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
         for layer in policy.layers:
             fully_shard(layer, mesh=self._mesh, mp_policy=precision)
         fully_shard(policy, mesh=self._mesh, mp_policy=precision)
         return policy
+
+    def infer(
+        self, micro_batches: Sequence[MicroBatch], *, temperature: float, reference: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """As every learner's; afterwards nothing is left gathered, which an update would not reach."""
+        found = super().infer(micro_batches, temperature=temperature, reference=reference)
+        self._policy.reshard()  # type: ignore[operator]
+        return found
 
     def _announce(self, *, last: bool) -> None:
         self._policy.set_requires_gradient_sync(last)  # type: ignore[operator]
@@ -71,11 +92,15 @@ class FsdpLearner(Learner):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(norm_value):
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+        self._policy.zero_grad(set_to_none=True)
         return norm_value
+
+    def _masters(self) -> list[Tensor]:
+        return [_local(weight.detach()) for weight in self._policy.parameters() if weight.requires_grad]
 
     def _move_reference(self) -> None:
         assert self._reference is not None
@@ -84,26 +109,59 @@ class FsdpLearner(Learner):
             for kept, current in zip(self._reference.parameters(), self._policy.parameters(), strict=True):
                 kept.copy_(current)
 
-    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._named_parameters():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
-            yield name, full.detach().to(self._dtype).contiguous()
+    def _whole(self, parameter: Tensor) -> Tensor:
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data).detach()
 
     def save(self, folder: str) -> None:
-        """Write this rank's shards of model and optimizer into a fresh folder, and of the reference if it was reset."""
-        save_distributed(self._state(), checkpoint_id=folder)
+        """Copy this rank's shards of model and optimizer into memory, and of the reference if it was reset.
+
+        A thread writes the copy into the fresh folder, with collectives in a group that nothing else uses.
+        """
+        if self._writing is not None:  # it failed, and another rank was first to say so
+            wait([self._writing])
+        writing = async_save(self._state(), checkpoint_id=folder, process_group=self._saving_group)
+        assert isinstance(writing, Future)
+        self._writing, self._written_to = writing, folder
+
+    def saved(self) -> bool:
+        """Whether all that `save` began is written, on all ranks."""
+        if self._writing is None:
+            return True
+        if not self._writing.done():
+            return False
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except (CheckpointException, *_UNREADABLE) as error:
+            raise CheckpointError(f"{self._written_to} could not be written: {_reason(error)}") from error
+        return True
+
+    def close(self) -> None:
+        """Leave all groups, when nothing is being written any more."""
+        if self._writing is not None:
+            wait([self._writing])
+        super().close()
 
     def load(self, folder: str) -> None:
         """Read back what `save` wrote, at this or another world size."""
         try:
             saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-            self._reference_moved = any(name.startswith("reference.") for name in saved)
-            state = self._state()
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{folder} holds no whole checkpoint: {_reason(error)}") from error
+        self._reference_moved = any(name.startswith("reference.") for name in saved)
+        state = self._state()
+        shapes = {name: list(getattr(of, "size", ())) for name, of in saved.items() if name.startswith("model.")}
+        check_same_model(folder, saved=shapes, mine={f"model.{name}": t.shape for name, t in state["model"].items()})
+        try:
             load_distributed(state, checkpoint_id=folder)
-        except (RuntimeError, OSError, CheckpointException) as error:
-            raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+        except (CheckpointException, *_UNREADABLE) as error:
+            raise CheckpointError(f"{folder} cannot be read, or does not fit: {_reason(error)}") from error
         set_state_dict(
-            self._policy, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            self._policy,
+            self._optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_TRAINED,
         )
         if self._reference is not None and self._reference_moved:
             set_model_state_dict(self._reference, state["reference"])
@@ -111,9 +169,23 @@ class FsdpLearner(Learner):
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds, as it is now."""
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        model, optimizer = get_state_dict(self._policy, self._optimizers, options=_TRAINED)
+        for name, parameter in self._policy.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                model.pop(name, None)  # the second name of a shared weight, which torch keeps
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": torch.tensor(self._step)}
         if self._reference is not None and self._reference_moved:
             self._reference.reshard()  # type: ignore[operator]
             state["reference"] = get_model_state_dict(self._reference)
         return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind it, in one line; the first of what all ranks say."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.config import LearnersConfig, OptimizerConfig
-from rlsys.learners.model import Policy, to_tensors
+from rlsys.learners import health, lora
+from rlsys.learners.host import keep_freed_memory, own_address
+from rlsys.learners.model import PackedNetwork, Policy, Scorer, to_tensors
+from rlsys.learners.optimizers import learning_rate
 from rlsys.learners.sender import WeightSender, open_sender
 from rlsys.losses import LossInputs, LossOutputs
 from rlsys.packing import MicroBatch
+from rlsys.types import NetworkKind
 from rlsys.weights import WeightGroup, WeightPlan
 
+NETWORKS: dict[NetworkKind, type[PackedNetwork]] = {"policy": Policy, "scorer": Scorer}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of the step with this index (0-based): linear warm-up, then constant or cosine to a tenth."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 class Learner(ABC):
@@ -42,6 +38,7 @@ class Learner(ABC):
     """
 
     def __init__(self, *, model_path: str, config: LearnersConfig, rank: int, world_size: int) -> None:
+        self.check_config(config, {})
         self._model_path = model_path
         self._config = config
         self._rank = rank
@@ -51,18 +48,27 @@ class Learner(ABC):
         self._step = 0
         self._skipped_in_a_row = 0
         self._sender: WeightSender | None = None
-        self._policy: Policy
+        self._policy: PackedNetwork
         self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._reference_moved = False
 
     # --- what a backend does -----------------------------------------------------------------------------------------
 
+    @classmethod
     @abstractmethod
-    def _open(self, policy: Policy, optimizer: OptimizerConfig) -> None:
-        """Shard the policy over the ranks, which have met, give it AdamW and keep it as `_policy`."""
+    def check_config(cls, config: LearnersConfig, optimizers: Mapping[str, OptimizerConfig]) -> None:
+        """Find what the backend cannot do, before anything is started; the optimizers by their place in the file.
+
+        Raises:
+            ConfigError: names the place and the fix.
+        """
 
     @abstractmethod
-    def _open_reference(self, policy: Policy) -> None:
+    def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
+        """Shard the policy over the ranks, which have met, give it an optimizer and keep it as `_policy`."""
+
+    @abstractmethod
+    def _open_reference(self, policy: PackedNetwork) -> None:
         """Keep the policy, sharded like the trained one, as `_reference`."""
 
     @abstractmethod
@@ -81,16 +87,31 @@ class Learner(ABC):
         """
 
     @abstractmethod
+    def _masters(self) -> list[Tensor]:
+        """This rank's shards of the weights that the optimizer updates; those of all ranks are the weights, once."""
+
+    @abstractmethod
     def _move_reference(self) -> None:
         """Copy the policy into the reference."""
 
     @abstractmethod
-    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, in the order of the plan and in the dtype of the forward pass; all ranks iterate."""
+    def _whole(self, parameter: Tensor) -> Tensor:
+        """A parameter of the policy gathered from all ranks, which all call this; it stays as it is meanwhile only."""
 
     @abstractmethod
     def save(self, folder: str) -> None:
-        """Write this rank's shards of model and optimizer into a fresh folder, and of the reference if it was reset."""
+        """Write this rank's shards of model and optimizer into a fresh folder, and of the reference if it was reset.
+
+        The state is that of now, but it may be written later, until `saved`; the learner may go on meanwhile.
+        """
+
+    @abstractmethod
+    def saved(self) -> bool:
+        """Whether all that `save` began is written.
+
+        Raises:
+            CheckpointError: it could not be; said once.
+        """
 
     @abstractmethod
     def load(self, folder: str) -> None:
@@ -107,7 +128,7 @@ class Learner(ABC):
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        return _own_address(), port
+        return own_address(), port
 
     def start(
         self,
@@ -117,12 +138,14 @@ class Learner(ABC):
         total_steps: int,
         loss: Callable[[LossInputs], LossOutputs],
         with_reference: bool = False,
+        network: NetworkKind = "policy",
         timeout: float = 600.0,
     ) -> WeightPlan:
         """Meet the other ranks, load and shard the model; returns what `send_weights` will send."""
+        self.check_config(self._config, {"optimizer": optimizer})
         if self._device.type == "cpu":
             torch.set_num_threads(1)
-            _keep_freed_memory()
+            keep_freed_memory()
         backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -134,12 +157,18 @@ class Learner(ABC):
         self._optimizer_config = optimizer
         self._total_steps = total_steps
         self._loss = loss
+        self._network_class = NETWORKS[network]
         policy = self._load_policy()
-        shapes = [list(parameter.shape) for parameter in policy.parameters()]  # a shard does not tell them any more
+        # A shard tells none of these any more.
+        shapes = [list(weight.shape) for name, weight in policy.named_parameters() if not lora.is_adapter(name)]
+        self._vocabulary, self._size = health.vocabulary_of(policy), health.ModelSize.of(policy)
         self._open(policy.train(), optimizer)
-        if with_reference:
+        if with_reference and self._config.lora is not None:
+            self._reference = self._without_adapters
+        elif with_reference:
             self._open_reference(self._load_policy().eval().requires_grad_(False))
         names = [name for name, _ in self._named_parameters()]
+        self._shapes = dict(zip(names, shapes, strict=True))
         return WeightPlan(names=names, dtype_names=[self._config.dtype] * len(names), shapes=shapes)
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -147,26 +176,70 @@ class Learner(ABC):
         logprobs, entropy = self._policy(*arguments)
         return logprobs, entropy
 
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        """Parameters, sharded or not, under the names of a `save_pretrained` folder; tied ones appear once."""
-        return [(name.removeprefix("hf."), parameter) for name, parameter in self._policy.named_parameters()]
+    def _without_adapters(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """What the frozen weights alone say: the model that training began with, at no cost in memory."""
+        lora.set_adapters(self._policy, enabled=False)
+        try:
+            return self._forward(*arguments)
+        finally:
+            lora.set_adapters(self._policy, enabled=True)
 
-    def _load_policy(self) -> Policy:
-        return Policy.load(self._model_path, activation_checkpointing=self._config.activation_checkpointing)
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Parameters, sharded or not, under the names of a `save_pretrained` folder; tied ones appear once.
+
+        Adapters are not among them: such a folder has them merged.
+        """
+        return [
+            (lora.published(name.removeprefix("hf.")), parameter)
+            for name, parameter in self._policy.named_parameters()
+            if not lora.is_adapter(name)
+        ]
+
+    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, in the order of the plan and in the dtype of the forward pass; all ranks iterate."""
+        own = dict(self._policy.named_parameters())
+        found = {} if self._config.lora is None else lora.adapters(self._policy)
+        for name, parameter in own.items():
+            if lora.is_adapter(name):
+                continue
+            weight = self._whole(parameter)
+            if (adapter := found.get(name)) is not None:
+                change = self._whole(own[adapter.up]).float() @ self._whole(own[adapter.down]).float()
+                weight = weight.float() + adapter.scaling * change
+            yield lora.published(name.removeprefix("hf.")), weight.to(self._dtype).contiguous()
+
+    def _load_policy(self) -> PackedNetwork:
+        return self._network_class.load(
+            self._model_path, activation_checkpointing=self._config.activation_checkpointing, adapters=self._config.lora
+        )
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, num_tokens: int, temperature: float, **loss_options: Any
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        num_tokens: int,
+        temperature: float,
+        reference: bool = True,
+        **loss_options: Any,
     ) -> dict[str, float]:
         """One optimizer step on this rank's share of a batch with `num_tokens` trained tokens in all ranks together.
 
+        `reference=False` spares the frozen policy's forward pass where the loss has no use for it.
+
         Returns sums over this rank's tokens under `sum/...`, maxima under `max/...`, and numbers that all ranks share.
-        A step whose gradient is not finite is skipped on all ranks alike.
+        A step whose gradient is not finite is skipped on all ranks alike. One whose gradient is zero, as where no
+        advantage is, is a step: momentum and weight decay still move the weights.
+
+        Raises:
+            DataError: a token is not in the model's vocabulary; nothing was computed.
         """
         started = time.perf_counter()
+        self._check(micro_batches)
+        health.forget_peak_memory(self._device)
         totals: dict[str, float] = {"sum/tokens": 0.0, "sum/trained_tokens": 0.0}
         for index, micro in enumerate(micro_batches):
             self._announce(last=index == len(micro_batches) - 1)
-            loss, sums, gap = self._loss_of(micro, temperature, loss_options)
+            loss, sums, gap = self._loss_of(micro, temperature, loss_options, with_reference=reference)
             self._backward(loss * (self._world_size / num_tokens))
             totals["sum/tokens"] += len(micro.tokens)
             totals["sum/trained_tokens"] += len(micro.targets)
@@ -174,26 +247,45 @@ class Learner(ABC):
             for name, value in {"loss": loss.detach(), **sums}.items():
                 totals[f"sum/{name}"] = totals.get(f"sum/{name}", 0.0) + float(value)
         totals.update(self._update())
+        totals.update(self._costs(micro_batches))
         totals["seconds"] = time.perf_counter() - started
         return totals
 
+    def _check(self, micro_batches: Sequence[MicroBatch]) -> None:
+        for micro in micro_batches:
+            health.check_tokens(micro, self._vocabulary, model=self._model_path)
+
+    def _costs(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """What a step took of this rank."""
+        costs = {"max/memory_gib": health.peak_memory_gib(self._device)}
+        if self._size is not None:
+            costs["sum/flops"] = sum(map(self._size.flops, micro_batches))
+            peak = health.peak_flops(self._device, self._dtype)
+            costs.update({"sum/peak_flops": peak} if peak else {})
+        return costs
+
     def _loss_of(
-        self, micro: MicroBatch, temperature: float, loss_options: dict[str, Any]
+        self, micro: MicroBatch, temperature: float, loss_options: dict[str, Any], *, with_reference: bool = True
     ) -> tuple[Tensor, dict[str, Tensor], float]:
-        arguments = to_tensors(micro, self._device)
-        logprobs, entropy = self._forward(*arguments, temperature)
+        arguments = (*to_tensors(micro, self._device), temperature)
+        with_entropy = bool(loss_options.get("entropy_coef"))
+        logprobs, entropy = self._forward(*arguments, *([True] if with_entropy else []))
         reference = None
-        if self._reference is not None:
+        if self._reference is not None and with_reference:
             with torch.no_grad():
-                reference = self._reference(*arguments, temperature)[0]
-        rollout_logprobs = torch.from_numpy(micro.rollout_logprobs).to(self._device)
+                reference = self._reference(*arguments)[0]
+        rollout_logprobs = self._tensor(micro.rollout_logprobs)
+        weights = self._tensor(micro.weights)
         outputs = self._loss(
             LossInputs(
                 logprobs=logprobs,
                 rollout_logprobs=rollout_logprobs,
-                advantages=torch.from_numpy(micro.advantages).to(self._device),
-                sequences=torch.from_numpy(micro.sequences).to(self._device),
+                advantages=self._tensor(micro.advantages),
+                sequences=self._tensor(micro.sequences),
                 ref_logprobs=reference,
+                proximal_logprobs=None if micro.proximal_logprobs is None else self._tensor(micro.proximal_logprobs),
+                weights=weights,
+                entropy=entropy,
                 **loss_options,
             )
         )
@@ -202,17 +294,42 @@ class Learner(ABC):
                 f"the loss function returned a loss of shape {tuple(outputs.loss.shape)} for {len(logprobs)} tokens; "
                 "return one number for each token, without summing"
             )
-        loss = (outputs.loss * torch.from_numpy(micro.weights).to(self._device)).sum()
+        loss = (outputs.loss * weights).sum()
         gaps = (logprobs.detach() - rollout_logprobs).abs()
-        sums = {**outputs.sums, "entropy": entropy.sum(), "logprob_gap": gaps.sum()}
+        sums = {**outputs.sums, "entropy": entropy.detach().sum(), "logprob_gap": gaps.sum()}
+        if "ratio" in sums:
+            sums |= health.ratio_shares(logprobs, rollout_logprobs)
         return loss, sums, float(gaps.max()) if len(gaps) else 0.0
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def infer(
+        self, micro_batches: Sequence[MicroBatch], *, temperature: float, reference: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """What the network says of the trained tokens of each micro-batch [N]: log-probs, or a critic's values.
+
+        With `reference` it is the frozen policy that says it. Credit assignment that needs such numbers happens before
+        a step, in the driver.
+        """
+        assert not reference or self._reference is not None, "the learner was started without a reference"
+        self._check(micro_batches)
+        found = []
+        with torch.no_grad():
+            for micro in micro_batches:
+                arguments = (*to_tensors(micro, self._device), temperature)
+                outputs = self._reference(*arguments) if reference and self._reference else self._forward(*arguments)
+                found.append(outputs[0].float().cpu().numpy())
+        return found
 
     def _update(self) -> dict[str, float]:
         lr = learning_rate(self._step, self._optimizer_config, self._total_steps)
+        before = [shard.detach().clone() for shard in self._masters()]
         norm = self._apply(lr)
         self._step += 1
         self._skipped_in_a_row = 0 if math.isfinite(norm) else self._skipped_in_a_row + 1
-        return {"grad_norm": norm, "lr": lr, "skipped_in_a_row": float(self._skipped_in_a_row)}
+        moved = health.norms(self._masters(), before, self._device)
+        return {"grad_norm": norm, **moved, "lr": lr, "skipped_in_a_row": float(self._skipped_in_a_row)}
 
     def reset_reference(self) -> None:
         """Make the current policy the reference of the KL penalty."""
@@ -253,30 +370,6 @@ class Learner(ABC):
             self._sender = None
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones.
-
-    By default it returns large blocks to the kernel, and every page of their successors faults: up to a quarter of a
-    step on CPUs. Does nothing where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names and numbers of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 64 * 2**20)
-        mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
-
-
-def _own_address() -> str:
-    """This node's address as other nodes see it; loopback where there is no network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent, only a route is chosen
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
 
 
 def _copy_tokenizer(source: str, target: str) -> None:

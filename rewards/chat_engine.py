@@ -15,8 +15,9 @@ from typing import Any
 from rlsys.chat import load_tokenizer
 from rlsys.config import ActorsConfig
 from rlsys.errors import ActorError, ConfigError
+from rlsys.grader_text import PlainEncoder
 from rlsys.plugins import resolve, run_hook
-from rlsys.rewards.untrusted import PlainEncoder, behind_thinking, is_thinking
+from rlsys.rewards.untrusted import behind_thinking, is_thinking
 from rlsys.types import Completion, Message
 
 log = logging.getLogger(__name__)

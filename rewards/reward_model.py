@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ import torch
 
 from rlsys.chat import load_tokenizer
 from rlsys.errors import ConfigError
+from rlsys.grader_text import GraderText
 from rlsys.interfaces import RewardResult
-from rlsys.rewards.untrusted import MAX_CHARACTERS_PER_TOKEN, PlainEncoder
+from rlsys.rewards.untrusted import MAX_CHARACTERS_PER_TOKEN
 from rlsys.types import Problem, Rollout
 
 
@@ -111,15 +111,8 @@ class RewardModel:
 
     def render(self, problem: Problem, response: str) -> list[int]:
         """Token ids of the conversation that ends with the response."""
-        mark = f"MARK{secrets.token_hex(8)}"
-        messages = [*({**message} for message in problem.prompt), {"role": "assistant", "content": mark}]
-        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        before, found, after = text.partition(mark)
-        if not found or mark in after:
-            raise ConfigError(f"the chat template of {self._path!r} does not write an assistant's turn once")
-        encode = self._tokenizer.encode
-        parts = (encode(before, add_special_tokens=False), self._plain.encode(response))
-        return [*parts[0], *parts[1], *encode(after, add_special_tokens=False)]
+        before, rest = self._text.render(problem, response)
+        return [*before, *rest]
 
     async def _work(self) -> None:
         """Score what waits until nothing does."""
@@ -162,9 +155,7 @@ class RewardModel:
         return [float(value) for value in logits[:, 0].float().cpu()]
 
     def _load(self) -> None:
-        self._tokenizer = load_tokenizer(self._path)
-        if self._tokenizer.chat_template is None:
-            raise ConfigError(f"the tokenizer of {self._path!r} has no chat template; add one to tokenizer_config.json")
+        self._text = GraderText(load_tokenizer(self._path), name=self._path)
         self._model = _load_classifier(self._path, self._dtype).to(self._device).eval()
         config = self._model.config.get_text_config()
         if config.pad_token_id is None:
@@ -173,7 +164,6 @@ class RewardModel:
                 "config.json to the id of a token that responses do not end with"
             )
         self._pad = int(config.pad_token_id)
-        self._plain = PlainEncoder(self._tokenizer)
         positions = getattr(config, "max_position_embeddings", None)
         self._limit = min(limit for limit in (self._max_tokens, positions, sys.maxsize) if limit)
 

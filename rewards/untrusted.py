@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import itertools
 import re
 import secrets
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 MAX_CHARACTERS_PER_TOKEN = 32
 """A text with more characters than this for each token it may have is too long, and is not tokenized to find out."""
@@ -21,7 +19,6 @@ MAX_CHARACTERS_PER_TOKEN = 32
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _HIDDEN = {"Cc", "Cf", "Co", "Cs"}  # control, format (zero-width, bidirectional, tags), private use, lone surrogates
 _SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # variation selectors can carry a hidden text
-_BRACKETED = re.compile(r"\s*[<\[].*[>\]]\s*", re.DOTALL)
 
 
 def behind_thinking(text: str, *, thinks: bool = False) -> str | None:
@@ -67,45 +64,3 @@ class Fence:
 def quote(name: str, text: str, code: str) -> str:
     """The text between its two lines."""
     return f"[BEGIN {name} {code}]\n{text}\n[END {name} {code}]"
-
-
-class PlainEncoder:
-    """Turns text into tokens of which none controls the model.
-
-    Control tokens are a tokenizer's special ones (`<|im_end|>`) and those of its added ones that stand in brackets
-    (`<think>`, `<tool_call>`, `[INST]`). A text that spells one is cut inside the spelling, so that the pieces are
-    ordinary tokens that decode to the same text.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        controls = {index: str(token.content) for index, token in added.items() if _controls(token)}
-        self.control_ids = frozenset(controls) | frozenset(tokenizer.all_special_ids)
-        spellings = sorted({text.strip() for text in controls.values()} - {""}, key=len, reverse=True)
-        self._spelling = re.compile("|".join(map(re.escape, spellings))) if spellings else None
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text, nothing added."""
-        tokens: list[int] = []
-        for piece in self._pieces(text):
-            found = self._ids(piece)
-            if not self.control_ids.isdisjoint(found):  # a tokenizer that normalises can still make one of it
-                by_character = (token for character in piece for token in self._ids(character))
-                found = [token for token in by_character if token not in self.control_ids]
-            tokens += found
-        return tokens
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _pieces(self, text: str) -> list[str]:
-        if self._spelling is None:
-            return [text]
-        cuts = [match.start() + 1 for match in self._spelling.finditer(text)]
-        edges = [0, *cuts, len(text)]
-        return [text[begin:end] for begin, end in itertools.pairwise(edges) if begin < end]
-
-
-def _controls(token: Any) -> bool:
-    return bool(token.special) or _BRACKETED.fullmatch(token.content) is not None

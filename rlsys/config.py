@@ -15,9 +15,17 @@ from rlsys.plug_in_config import PooledPlugIn as PooledPlugIn
 from rlsys.plug_in_config import RewardConfig as RewardConfig
 from rlsys.plug_in_config import require as require
 from rlsys.scratch import ScratchModel
+from rlsys.stage_config import Aggregation as Aggregation
+from rlsys.stage_config import CriticConfig as CriticConfig
+from rlsys.stage_config import EvalConfig as EvalConfig
+from rlsys.stage_config import OptimizerConfig as OptimizerConfig
+from rlsys.stage_config import PreferenceConfig as PreferenceConfig
+from rlsys.stage_config import RewardModelConfig as RewardModelConfig
+from rlsys.stage_config import RlConfig as RlConfig
+from rlsys.stage_config import SamplingConfig as SamplingConfig
+from rlsys.stage_config import SftConfig as SftConfig
 
-STAGES = ("sft", "rl", "eval")
-Aggregation = Literal["token", "sequence", "constant"]
+STAGES = ("sft", "preference", "reward_model", "rl", "eval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,23 @@ class ActorsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights; engines and exported folders get the two merged."""
+
+    rank: int = 16
+    """Rank of an adapter."""
+    alpha: float = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get one, such as `[q_proj, v_proj]`; all but the output head where none is given."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"learners.lora.rank is {self.rank}; at least 1 is needed")
+        require(self.alpha > 0, f"learners.lora.alpha is {self.alpha:g}; it must be above 0")
+        require(self.targets is None or bool(self.targets), "learners.lora.targets is empty; leave it out for all layers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnersConfig:
     """The learner group."""
 
@@ -125,6 +150,8 @@ class LearnersConfig:
     """Number format of the forward and backward pass; master weights and reductions stay float32."""
     max_tokens_per_micro_batch: int = 8192
     """Token budget of one forward and backward pass on one rank."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights themselves (`pip install 'rlsys[lora]'`)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 25 % slower."""
     start_seconds: float = 600.0
@@ -133,141 +160,6 @@ class LearnersConfig:
     def __post_init__(self) -> None:
         require(self.count >= 1, f"learners.count is {self.count}; at least one rank is needed")
         require(self.gpus in (0.0, 1.0), f"learners.gpus is {self.gpus}; a rank drives no GPU or one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 1e-6
-    """Peak learning rate."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a cosine down to a tenth of the peak at the last step."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decays."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
-    max_skipped_steps: int = 5
-    """So many non-finite gradients in a row stop the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How rollouts are sampled."""
-
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus; 1 keeps the whole distribution."""
-    max_response_tokens: int = 256
-    """Budget of one rollout after its prompt: generated tokens and tool output."""
-    max_tool_calls: int = 4
-    """Budget of tool calls in one rollout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Supervised fine-tuning on demonstrations."""
-
-    demonstrations: PlugIn | None = None
-    """Function of (training problems, ...) that returns a list of `Demonstration`."""
-    steps: int = 100
-    """Optimizer steps."""
-    demonstrations_per_step: int = 64
-    """Demonstrations in one optimizer step."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    """Optimizer of this stage."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RlConfig:
-    """Reinforcement learning with verifiable rewards."""
-
-    steps: int = 100
-    """Policy steps (weight publications)."""
-    groups_per_step: int = 8
-    """Problems in one policy step."""
-    group_size: int = 8
-    """Rollouts of one problem."""
-    updates_per_step: int = 1
-    """Optimizer steps on the batch of one policy step; 1 is strictly on-policy."""
-    max_staleness: int = 0
-    """Weights may be at most so many versions newer than those a rollout began with; 0 is synchronous."""
-    advantage: str = "rlsys.advantages:grpo"
-    """Function from the rewards of a group [G] to their advantages [G]."""
-    whiten_advantages: bool = False
-    """Bring the advantages of a whole batch to mean 0 and standard deviation 1 (REINFORCE++)."""
-    loss: str = "rlsys.losses:clipped_policy_gradient"
-    """Function from `LossInputs` to `LossOutputs`."""
-    aggregation: Aggregation = "token"
-    """How the losses of tokens become one: their mean (DAPO); `sequence`, the mean over rollouts of each one's mean
-    (GRPO as published, GSPO); `constant`, sums over rollouts divided by `sampling.max_response_tokens`, so that length
-    does not matter (Dr.GRPO)."""
-    clip_low: float = 0.2
-    """Lower trust region: the ratio counts down to 1 - clip_low."""
-    clip_high: float = 0.2
-    """Upper trust region: the ratio counts up to 1 + clip_high."""
-    kl_coef: float = 0.0
-    """Weight of the KL penalty to a frozen policy, the reference; 0 loads none."""
-    reference_every: int = 0
-    """Policy steps after which the current policy becomes the reference; 0 keeps the one the stage began with."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """How the KL penalty is estimated from the sampled token."""
-    kl_schedule: Literal["constant", "cosine"] = "constant"
-    """The KL weight stays, or falls by a cosine to 0 at the last step."""
-    skip_uninformative: bool = False
-    """Leave out groups whose rewards are all equal and sample others in their place."""
-    selections: list[str] = field(default_factory=list)
-    """Functions from a `RolloutGroup` to one bool for each sibling, whether it trains, such as
-    `rlsys.selection:completed_only`; each sees what the one before it left."""
-    max_skipped_groups: int = 256
-    """So many skipped groups in a row stop the run with an error instead of sampling for ever."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling of training rollouts."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer of this stage."""
-    max_logprob_gap: float = 0.1
-    """The run stops where learner and engine differ by more than this (mean absolute difference of the log-probs of
-    tokens that the same weights wrote): then ids, masks, temperature or weights disagree. Seen: 1e-7 with float32."""
-    eval_every: int = 0
-    """Policy steps between held-out evaluations; 0 measures only before and after."""
-    checkpoint_every: int = 10
-    """Policy steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Older checkpoints are deleted."""
-
-    def __post_init__(self) -> None:
-        require(self.group_size >= 2, "rl.group_size must be at least 2: a group is compared with itself")
-        require(self.reference_every >= 0, f"rl.reference_every is {self.reference_every}; 0 keeps the reference")
-        require(self.keep_checkpoints >= 1, f"rl.keep_checkpoints is {self.keep_checkpoints}; keep at least 1")
-        require(self.max_staleness >= 0, f"rl.max_staleness is {self.max_staleness}; 0 is synchronous")
-        require(
-            self.sampling.top_p == 1.0 and self.sampling.temperature > 0,
-            "rl.sampling: train with top_p=1 and temperature above 0; otherwise the engine's log-probs are not "
-            "the policy's (rl.sampling.top_p=1.0)",
-        )
-        require(
-            self.groups_per_step * self.group_size >= self.updates_per_step,
-            f"rl.updates_per_step is {self.updates_per_step}, more than the rollouts of one step",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Held-out evaluation."""
-
-    samples_per_problem: int = 1
-    """Rollouts of each problem; accuracy is their mean."""
-    max_problems: int | None = None
-    """Only the first so many problems."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling of evaluation rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +188,8 @@ class Config:
     tools: list[PooledPlugIn] = field(default_factory=list)
     """What the policy may call."""
     sft: SftConfig = field(default_factory=SftConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -314,9 +208,18 @@ class Config:
             f"max_failed_rewards is {self.max_failed_rewards}; a share lies between 0 and 1 (never stop)",
         )
         require(
+            self.learners.lora is None or not self.rl.reference_every,
+            "rl.reference_every renews the reference, but with learners.lora that is the frozen model itself; leave one out",
+        )
+        require(
             "sft" not in self.stages or self.sft.demonstrations is not None,
             "stages has `sft`, but sft.demonstrations is not set",
         )
+        for stage in ("preference", "reward_model"):
+            require(
+                stage not in self.stages or getattr(self, stage).pairs is not None,
+                f"stages has `{stage}`, but {stage}.pairs is not set",
+            )
         for section in ("rl", "eval"):
             budget = getattr(self, section).sampling.max_response_tokens
             require(

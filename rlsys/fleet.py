@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlsys import cluster
 from rlsys.cluster import Actor, Demand
 from rlsys.config import Config, OptimizerConfig, SamplingConfig
 from rlsys.errors import TrainingStalledError, WeightSyncError
-from rlsys.packing import shard
+from rlsys.packing import MicroBatch, shard, unpack
 from rlsys.plugins import resolve
 from rlsys.pool import ActorPool, pooled_plug_ins
-from rlsys.types import Problem, RolloutGroup, TrainBatch
+from rlsys.types import NetworkKind, Problem, RolloutGroup, TrainBatch
 from rlsys.weights import WeightGroup, WeightPlan, verify
+
+_SAVED_EVERY_SECONDS = 0.2
+"""How often the ranks are asked whether a checkpoint is written."""
 
 
 def rollout_demand(config: Config) -> Demand:
@@ -29,12 +36,18 @@ def rollout_demand(config: Config) -> Demand:
     )
 
 
-def learner_demand(config: Config) -> Demand:
+def learner_demand(config: Config, *, what: str = "learner rank") -> Demand:
     """What the learner ranks take from the cluster."""
     learners = config.learners
-    return Demand(
-        what="learner rank", count=learners.count, cpus=learners.cpus, gpus=learners.gpus, resources=learners.resources
-    )
+    return Demand(what=what, count=learners.count, cpus=learners.cpus, gpus=learners.gpus, resources=learners.resources)
+
+
+def with_critic_ranks(config: Config) -> Config:
+    """The configuration as the critic's learners see it: number and resources of their ranks are `rl.critic`'s own."""
+    critic = config.rl.critic
+    assert critic is not None
+    ranks = {name: getattr(critic, name) for name in ("count", "cpus", "gpus", "resources")}
+    return replace(config, learners=replace(config.learners, **ranks))
 
 
 class RolloutFleet:
@@ -115,11 +128,13 @@ class LearnerGroup:
         *,
         optimizer: OptimizerConfig,
         total_steps: int,
-        loss: str,
+        loss: str | Callable[..., Any],
         with_reference: bool = False,
+        network: NetworkKind = "policy",
+        what: str = "learner rank",
     ) -> LearnerGroup:
-        """Place the ranks, load the model on all of them, let them meet."""
-        demand = learner_demand(config)
+        """Place the ranks, load the model on all of them, let them meet; messages call them `what`."""
+        demand = learner_demand(config, what=what)
         learner_class = resolve(config.learners.use, place="learners.use")
         arguments = [
             {"model_path": model_path, "config": config.learners, "rank": rank, "world_size": demand.count}
@@ -132,8 +147,9 @@ class LearnerGroup:
             "master": master,
             "optimizer": optimizer,
             "total_steps": total_steps,
-            "loss": resolve(loss, place="loss"),
+            "loss": resolve(loss, place="loss") if isinstance(loss, str) else loss,
             "with_reference": with_reference,
+            "network": network,
             "timeout": seconds,
         }
         plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
@@ -141,8 +157,7 @@ class LearnerGroup:
 
     async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:
         """One optimizer step; returns means over trained tokens, the gradient norm and the seconds it took."""
-        budget = self._config.learners.max_tokens_per_micro_batch
-        shares = shard(batch, num_ranks=len(self._ranks), max_tokens=budget)
+        shares = self._shares(batch)
         results = await asyncio.gather(
             *(
                 rank.call(
@@ -152,6 +167,27 @@ class LearnerGroup:
             )
         )
         return _merge(results, batch.num_tokens)
+
+    async def infer(
+        self, batch: TrainBatch, *, temperature: float, reference: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """What the network says of the trained tokens: one array [T] for each rollout, 0 where none trains.
+
+        Log-probs of the policy or, with `reference`, of the frozen one; of a critic, values.
+        """
+        shares = self._shares(batch)
+        results = await asyncio.gather(
+            *(
+                rank.call("infer", cluster.put(share), temperature=temperature, reference=reference)
+                for rank, share in zip(self._ranks, shares, strict=True)
+            )
+        )
+        micro_batches = [micro for share in shares for micro in share]
+        return unpack(batch, micro_batches, [values for result in results for values in result])
+
+    def _shares(self, batch: TrainBatch) -> list[list[MicroBatch]]:
+        budget = self._config.learners.max_tokens_per_micro_batch
+        return shard(batch, num_ranks=len(self._ranks), max_tokens=budget)
 
     async def open_weights(self, fleet: RolloutFleet) -> None:
         """Let learner and engines meet for weight transfers."""
@@ -199,8 +235,16 @@ class LearnerGroup:
         await self._call_all("reset_reference")
 
     async def save(self, folder: Path) -> None:
-        """Write all shards into `folder`."""
+        """Let all ranks copy their shards and begin to write them into `folder`; they may train on meanwhile."""
         await self._call_all("save", str(folder))
+
+    async def saved(self) -> None:
+        """Return when all ranks have written what `save` began.
+
+        Asks again and again: a call that waited would keep a rank, which does one thing at a time, from training.
+        """
+        while not all(await self._call_all("saved")):
+            await asyncio.sleep(_SAVED_EVERY_SECONDS)
 
     async def load(self, folder: Path) -> None:
         """Read the shards in `folder`."""
@@ -210,8 +254,8 @@ class LearnerGroup:
         """Write a `save_pretrained` folder."""
         await self._call_all("export", str(folder))
 
-    async def _call_all(self, method: str, *args: Any) -> None:
-        await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks))
+    async def _call_all(self, method: str, *args: Any) -> list[Any]:
+        return list(await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks)))
 
     async def close(self) -> None:
         """End all ranks."""
@@ -219,7 +263,11 @@ class LearnerGroup:
 
 
 def _merge(results: Iterable[Mapping[str, float]], num_tokens: int) -> dict[str, float]:
-    """Sums become means over trained tokens, maxima stay maxima, shared numbers come from the first rank."""
+    """Sums become means over trained tokens, maxima stay maxima, shared numbers come from the first rank.
+
+    What all ranks computed in the seconds of the step becomes `tokens_per_second`, `model_flops_per_second` and, where
+    the peak of their devices is known, `mfu`, the share of it.
+    """
     sums: dict[str, float] = defaultdict(float)
     merged: dict[str, float] = {}
     for result in results:
@@ -233,6 +281,12 @@ def _merge(results: Iterable[Mapping[str, float]], num_tokens: int) -> dict[str,
                 merged.setdefault(name, value)
     merged["tokens"] = sums.pop("tokens")
     merged["trained_tokens"] = sums.pop("trained_tokens")
+    flops, peak_flops = sums.pop("flops", 0.0), sums.pop("peak_flops", 0.0)
+    merged["tokens_per_second"] = merged["tokens"] / merged["seconds"]
+    if flops:
+        merged["model_flops_per_second"] = flops / merged["seconds"]
+    if peak_flops:
+        merged["mfu"] = flops / merged["seconds"] / peak_flops
     merged.update({name: value / num_tokens for name, value in sums.items()})
     return merged
 

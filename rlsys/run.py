@@ -15,7 +15,7 @@ from rlsys.chat import load_tokenizer
 from rlsys.config import Config
 from rlsys.console import Console
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.fleet import learner_demand, rollout_demand
+from rlsys.fleet import learner_demand, rollout_demand, with_critic_ranks
 from rlsys.function_tool import check_tool
 from rlsys.plugins import check_options, resolve
 from rlsys.pool import pool_demands
@@ -65,17 +65,31 @@ def check(config: Config) -> None:
     for name in ("train", "held_out"):
         source = getattr(config.data, name)
         check_options(resolve(source.use, place=f"data.{name}.use"), source.options, place=f"data.{name}")
-    if config.sft.demonstrations is not None:
-        source = config.sft.demonstrations
-        target = resolve(source.use, place="sft.demonstrations.use")
-        check_options(target, source.options, place="sft.demonstrations", given=1)
+    for place, made in (
+        ("sft.demonstrations", config.sft.demonstrations),
+        ("preference.pairs", config.preference.pairs),
+        ("reward_model.pairs", config.reward_model.pairs),
+    ):
+        if made is not None:
+            check_options(resolve(made.use, place=f"{place}.use"), made.options, place=place, given=1)
+    resolve(config.preference.loss, place="preference.loss")
     for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
         resolve(reference, place=place)
     resolve_selections(config.rl.selections)
     resolve(config.actors.use, place="actors.use")
-    resolve(config.learners.use, place="learners.use")
+    _check_learner(config)
     if config.model.path is not None:
         load_tokenizer(config.model.path)
+
+
+def _check_learner(config: Config) -> None:
+    """Options of the learner class and the optimizers of the run's stages, where the class can judge them."""
+    learner_class = resolve(config.learners.use, place="learners.use")
+    optimizers = {f"{stage}.optimizer": getattr(config, stage).optimizer for stage in config.stages if stage != "eval"}
+    if "rl" in config.stages and config.rl.critic is not None:
+        optimizers["rl.critic.optimizer"] = config.rl.critic.optimizer
+    if hasattr(learner_class, "check_config"):
+        learner_class.check_config(config.learners, optimizers)
 
 
 async def _train(config: Config, directory: RunDirectory, console: Console, *, resume: bool) -> dict[str, Any]:
@@ -154,8 +168,10 @@ def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
     demands = []
     if {"rl", "eval"} & set(stages):
         demands += [rollout_demand(config), *pool_demands(config)]
-    if {"rl", "sft"} & set(stages):
+    if set(stages) - {"eval"}:
         demands.append(learner_demand(config))
+    if "rl" in stages and config.rl.critic is not None:
+        demands.append(learner_demand(with_critic_ranks(config), what="critic rank"))
     return demands
 
 

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 Message = Mapping[str, Any]
 """One chat message in OpenAI's shape: `role`, `content` and, where a tool was called, `tool_calls`."""
 
+NetworkKind = Literal["policy", "scorer"]
+"""What a learner trains: a language model, or one with a number for each token in place of its head."""
+
 FinishReason = Literal["stop", "length", "turns"]
 """Why a rollout ended: the policy ended it, the token budget did, or the turn budget did."""
 
@@ -126,15 +129,23 @@ class TrainBatch:
     """One optimizer step's data: rollouts, and for each one advantage array [T] and the weight of its tokens' losses.
 
     `num_tokens` is the number of trained tokens in the *global* batch; every loss sum is divided by it, so that
-    neither micro-batches nor the number of ranks change the gradient.
+    neither micro-batches nor the number of ranks change the gradient. `proximal_logprobs`, one array [T] for each
+    rollout, are of the policy as it was before the first update on these rollouts. `unit` rollouts in a row belong to
+    each other (2 for the chosen and the rejected one of a pair): they have one prompt and are never parted.
     """
 
     rollouts: tuple[Rollout, ...]
     advantages: tuple[NDArray[np.float32], ...]
     weights: tuple[float, ...]
     num_tokens: int
+    proximal_logprobs: tuple[NDArray[np.float32], ...] | None = None
+    unit: int = 1
 
     def __post_init__(self) -> None:
+        if len(self.rollouts) % self.unit:
+            raise ValueError(f"{len(self.rollouts)} rollouts are no whole number of units of {self.unit}")
+        if self.proximal_logprobs is not None and len(self.proximal_logprobs) != len(self.rollouts):
+            raise ValueError(f"{len(self.rollouts)} rollouts, but {len(self.proximal_logprobs)} proximal log-probs")
         if not len(self.rollouts) == len(self.advantages) == len(self.weights):
             raise ValueError(
                 f"{len(self.rollouts)} rollouts, but {len(self.advantages)} advantage arrays and {len(self.weights)} "

@@ -19,13 +19,17 @@ BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
-def plug_ins(node: Any) -> Iterator[Mapping[str, Any]]:
-    """Every mapping with a `use`, however deep."""
+MADE_OF_PROBLEMS = ("demonstrations", "pairs")
+"""What is called with the training problems before its options."""
+
+
+def plug_ins(node: Any, given: int = 0) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """Every mapping with a `use`, however deep, and how many arguments stand before its options."""
     if isinstance(node, Mapping):
         if isinstance(node.get("use"), str):
-            yield node
-        for value in node.values():
-            yield from plug_ins(value)
+            yield node, given
+        for key, value in node.items():
+            yield from plug_ins(value, int(key in MADE_OF_PROBLEMS))
     elif isinstance(node, list):
         for value in node:
             yield from plug_ins(value)
@@ -34,10 +38,10 @@ def plug_ins(node: Any) -> Iterator[Mapping[str, Any]]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_plug_in_of_a_yaml_block_exists_and_has_these_options(document: Path) -> None:
     for block in BLOCK.findall(document.read_text()):
-        for plug_in in plug_ins(yaml.safe_load(block)):
+        for plug_in, given in plug_ins(yaml.safe_load(block)):
             if plug_in["use"].startswith("rlsys."):
-                target = resolve(plug_in["use"], place=document.name)
-                check_options(target, plug_in.get("options", {}), place=f"{document.name}: {plug_in['use']}")
+                target, options = resolve(plug_in["use"], place=document.name), plug_in.get("options", {})
+                check_options(target, options, place=f"{document.name}: {plug_in['use']}", given=given)
 
 
 def anchors(path: Path) -> set[str]:

@@ -168,3 +168,26 @@ def test_a_mistake_in_the_configuration_is_one_message(tmp_path: Path, overrides
     assert "Traceback" not in output
     assert len(output.strip().splitlines()) <= 4
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(300)
+def test_preference_and_a_reward_model_are_stages_that_leave_what_they_say(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pairs = "{use: 'rlsys.pair_data:arithmetic_pairs', options: {size: 48, seed: 1}}"
+    stages = ("preference", "reward_model")
+    process = start(
+        run,
+        "stages=[preference,reward_model]",
+        *(f"{stage}.{setting}" for stage in stages for setting in ("steps=6", "optimizer.lr=1e-3", f"pairs={pairs}")),
+    )
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    for stage in stages:
+        found = [line for line in lines(run) if line["stage"] == stage]
+        assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+        assert found[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+        assert found[-1]["accuracy"] > 0.9
+    policy, scorer = (json.loads((run / stage / "model" / "config.json").read_text()) for stage in stages)
+    assert policy["architectures"] == ["Qwen2ForCausalLM"]
+    assert scorer["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert (run / "model").resolve() == (run / "preference" / "model").resolve()

@@ -6,9 +6,10 @@ A stage takes a model folder and leaves one. It is resumable inside (from its ne
 
 from rlsys.stages.common import Interrupted, Run
 from rlsys.stages.evaluation import evaluation
+from rlsys.stages.preference import preference, reward_model
 from rlsys.stages.rl import rl
 from rlsys.stages.sft import sft
 
-STAGES = {"sft": sft, "rl": rl, "eval": evaluation}
+STAGES = {"sft": sft, "preference": preference, "reward_model": reward_model, "rl": rl, "eval": evaluation}
 
 __all__ = ["STAGES", "Interrupted", "Run"]

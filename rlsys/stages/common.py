@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Aggregation, Config
 from rlsys.console import Console
 from rlsys.errors import DataError
-from rlsys.fleet import LearnerGroup, RolloutFleet
+from rlsys.fleet import RolloutFleet
 from rlsys.plugins import resolve
 from rlsys.records import RunDirectory
 from rlsys.types import Problem, Rollout, TrainBatch
@@ -45,19 +44,15 @@ def load_problems(config: Config, which: str) -> list[Problem]:
     return problems
 
 
-def endless(items: Sequence[_T], *, seed: int, skip: int) -> Iterator[_T]:
-    """The items for ever, shuffled anew in each epoch; the order depends on the seed alone, so `skip` resumes it."""
-    first_epoch, offset = divmod(skip, len(items))
-    for epoch in itertools.count(first_epoch):
-        order = np.random.default_rng([seed, epoch]).permutation(len(items))
-        for index in order[offset if epoch == first_epoch else 0 :]:
-            yield items[int(index)]
-
-
 def assemble(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], *, aggregation: Aggregation = "token", constant: int = 1
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float] | Sequence[NDArray[np.float32]],
+    *,
+    aggregation: Aggregation = "token",
+    constant: int = 1,
+    proximal_logprobs: Sequence[NDArray[np.float32]] | None = None,
 ) -> TrainBatch:
-    """A batch with one advantage for all tokens of a rollout.
+    """A batch with one advantage for all tokens of a rollout, or one for each, [T].
 
     The learner divides the weighted sum over tokens by their number. So with weights 1 the loss is the mean over
     tokens; with `sequence` it is the mean over rollouts of each one's mean; with `constant` the sum over a rollout's
@@ -79,14 +74,8 @@ def assemble(
         ),
         weights=tuple(weight(rollout) for rollout in rollouts),
         num_tokens=num_tokens,
+        proximal_logprobs=None if proximal_logprobs is None else tuple(proximal_logprobs),
     )
-
-
-async def save_checkpoint(store: CheckpointStore, learners: LearnerGroup, step: int, state: dict[str, Any]) -> None:
-    """Write a whole checkpoint or none."""
-    draft = store.draft(step)
-    await learners.save(draft / "learner")
-    store.commit(draft, step=step, state=state)
 
 
 async def record_isolation(run: Run, fleet: RolloutFleet) -> None:

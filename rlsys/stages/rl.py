@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlsys.advantages import whiten
-from rlsys.checkpoint import CheckpointStore
-from rlsys.config import RlConfig
-from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.fleet import LearnerGroup, RolloutFleet, check_finite
+from rlsys.checkpoint import CheckpointStore, CheckpointWriter
+from rlsys.config import Config, RlConfig
+from rlsys.curriculum import Curriculum
+from rlsys.errors import WeightSyncError
+from rlsys.fleet import LearnerGroup, RolloutFleet, with_critic_ranks
 from rlsys.loop import Loop, LoopState
-from rlsys.plugins import resolve
 from rlsys.rollout import mean_metrics
 from rlsys.selection import resolve_selections
 from rlsys.stages.collection import Collection, by_kind
-from rlsys.stages.common import Interrupted, Run, assemble, endless, load_problems, record_isolation, save_checkpoint
+from rlsys.stages.common import Interrupted, Run, load_problems, record_isolation
 from rlsys.stages.evaluation import evaluate
-from rlsys.types import Problem, Rollout, RolloutGroup
+from rlsys.stages.policy_step import PolicyStep
+from rlsys.types import Problem, RolloutGroup
 
 
 async def rl(run: Run, model: Path) -> Path:
@@ -34,11 +34,14 @@ async def rl(run: Run, model: Path) -> Path:
     problems, held_out = load_problems(config, "train"), load_problems(config, "held_out")
     store = CheckpointStore(run.directory.stage("rl") / "checkpoints", keep=stage.keep_checkpoints)
     async with AsyncExitStack() as stack:
-        fleet, learners = await _start_both(run, model, stack)
-        state = LoopState()
+        fleet, learners, critic = await _start_all(run, model, stack)
+        state, kl_coef, order = LoopState(), None, None
         checkpoint = store.newest(tell=run.console.say)
         if checkpoint is not None:
             await learners.load(checkpoint.folder / "learner")
+            if critic is not None:
+                await critic.load(checkpoint.folder / "critic")
+            kl_coef, order = checkpoint.state.get("kl_coef"), checkpoint.state["curriculum"]
             state = LoopState(
                 step=checkpoint.step, cursor=checkpoint.state["cursor"], dropped=Counter(checkpoint.state["dropped"])
             )
@@ -52,11 +55,17 @@ async def rl(run: Run, model: Path) -> Path:
                 tool_rate_before=before["tool_rate"],
                 held_out=int(before["problems"]),
             )
-        trainer = _RlTrainer(run, fleet, learners, store, held_out, state)
-        await trainer.train(endless(problems, seed=config.seed, skip=state.cursor))
+        policy_step = PolicyStep(config, learners, critic, kl_coef=kl_coef)
+        parts = {"learner": learners} | ({} if critic is None else {"critic": critic})
+        writer = await stack.enter_async_context(CheckpointWriter(store, parts, tell=run.console.say))
+        curriculum = Curriculum(problems, stage, seed=config.seed, state=order)
+        trainer = _RlTrainer(run, fleet, learners, policy_step, writer, held_out, state, curriculum)
+        await trainer.train()
         after = await evaluate(run, fleet, held_out, stage="rl", step=state.step)
         left = run.directory.stage("rl") / "model"
         await learners.export(left)
+        if critic is not None:
+            await critic.export(run.directory.stage("rl") / "critic")
     run.directory.update_summary(
         accuracy_after=after["accuracy"],
         tool_rate_after=after["tool_rate"],
@@ -67,9 +76,16 @@ async def rl(run: Run, model: Path) -> Path:
     return left
 
 
-async def _start_both(run: Run, model: Path, stack: AsyncExitStack) -> tuple[RolloutFleet, LearnerGroup]:
+async def _start_all(
+    run: Run, model: Path, stack: AsyncExitStack
+) -> tuple[RolloutFleet, LearnerGroup, LearnerGroup | None]:
+    """Engines, learners and, where the stage has one, the critic, side by side; the stack ends them."""
     config, stage = run.config, run.config.rl
     what = f"starting {config.actors.count} rollout engines and {config.learners.count} learner ranks"
+    policy_steps = stage.steps
+    if stage.critic is not None:
+        what += f" and {stage.critic.count} of a critic"
+        policy_steps -= stage.critic.warmup_steps
     with run.console.waiting(what):
         fleet_task = asyncio.create_task(RolloutFleet.start(config, str(model)))
         learner_task = asyncio.create_task(
@@ -77,22 +93,41 @@ async def _start_both(run: Run, model: Path, stack: AsyncExitStack) -> tuple[Rol
                 config,
                 str(model),
                 optimizer=stage.optimizer,
-                total_steps=stage.steps * stage.updates_per_step,
+                total_steps=policy_steps * stage.updates_per_step,
                 loss=stage.loss,
                 with_reference=stage.kl_coef > 0,
             )
         )
+        critic_task = asyncio.create_task(_start_critic(config, model))
         try:
-            fleet, learners = await asyncio.gather(fleet_task, learner_task)
+            fleet, learners, critic = await asyncio.gather(fleet_task, learner_task, critic_task)
         except BaseException:
-            for task in (fleet_task, learner_task):
+            for task in (fleet_task, learner_task, critic_task):
                 task.cancel()
             raise
         stack.push_async_callback(learners.close)
+        if critic is not None:
+            stack.push_async_callback(critic.close)
         stack.push_async_callback(fleet.close)
         await learners.open_weights(fleet)
         await record_isolation(run, fleet)
-    return fleet, learners
+    return fleet, learners, critic
+
+
+async def _start_critic(config: Config, model: Path) -> LearnerGroup | None:
+    """The critic begins as the policy's own model, with a head that says 0 of everything."""
+    stage = config.rl
+    if stage.critic is None:
+        return None
+    return await LearnerGroup.start(
+        with_critic_ranks(config),
+        str(model),
+        optimizer=stage.critic.optimizer,
+        total_steps=stage.steps * stage.updates_per_step,
+        loss="rlsys.losses:value_loss",
+        network="scorer",
+        what="critic rank",
+    )
 
 
 class _RlTrainer:
@@ -103,14 +138,18 @@ class _RlTrainer:
         run: Run,
         fleet: RolloutFleet,
         learners: LearnerGroup,
-        store: CheckpointStore,
+        policy_step: PolicyStep,
+        writer: CheckpointWriter,
         held_out: Sequence[Problem],
         state: LoopState,
+        curriculum: Curriculum,
     ) -> None:
-        self._run, self._fleet, self._learners, self._store = run, fleet, learners, store
+        self._run, self._fleet, self._learners = run, fleet, learners
+        self._policy_step, self._writer = policy_step, writer
         self._held_out, self._state = held_out, state
+        self._curriculum, self._order = curriculum, curriculum.state()
+        curriculum.step = state.step + 1
         self._stage: RlConfig = run.config.rl
-        self._advantage = resolve(self._stage.advantage, place="rl.advantage")
         self._selections = resolve_selections(self._stage.selections)
         self._collection = self._collection_for(state.step + 1)
         self._started_at = time.perf_counter()
@@ -118,7 +157,7 @@ class _RlTrainer:
     def _collection_for(self, step: int) -> Collection:
         return Collection(self._run.config, self._selections, step=step)
 
-    async def train(self, problems: Iterator[Problem]) -> None:
+    async def train(self) -> None:
         """Run the loop to its end, or to the user's stop."""
         loop = Loop(
             act=self._act,
@@ -130,45 +169,46 @@ class _RlTrainer:
         )
         with self._run.console.steps("rl", total=self._stage.steps, done=self._state.step) as self._progress:
             self._started_at = time.perf_counter()
+            problems = iter(self._curriculum)
             await loop.run(problems, steps=self._stage.steps, state=self._state, stop=self._run.stop)
         if self._run.stop.is_set() and self._state.step < self._stage.steps:
             await self._save(self._state.step)
+            await self._writer.finish()
             raise Interrupted(f"rl step {self._state.step}")
 
     async def _act(self, problem: Problem) -> RolloutGroup:
+        budget = self._stage.budget(self._state.step + 1)
         return await self._fleet.act(
             problem,
             size=self._stage.group_size,
-            sampling=self._stage.sampling,
+            sampling=replace(self._stage.sampling, max_response_tokens=budget),
             group_id=f"rl-{self._state.step}-{problem.id}",
         )
 
     def _drop_reason(self, group: RolloutGroup) -> str | None:
+        self._curriculum.note(group)
         return self._collection.add(group)
 
     async def _learn(self, step: int, groups: list[RolloutGroup], dropped: Mapping[str, int]) -> None:
         seconds = {"rollout": time.perf_counter() - self._started_at}
         assert len(groups) == len(self._collection.groups), "the loop and the collection disagree about what trains"
         collection, self._collection = self._collection, self._collection_for(step + 1)
+        # As of now: what is collected later and not learned from comes again.
+        self._order, self._curriculum.step = self._curriculum.state(), step + 1
         groups = collection.groups
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        advantages = self._advantages(groups)
         staleness = [step - 1 - rollout.first_version for rollout in rollouts if rollout.num_trained_tokens]
         assert max(staleness) <= self._stage.max_staleness, "the loop broke its staleness bound"
-        metrics = await self._update(step, rollouts, advantages)
-        if max(staleness) == 0 and metrics["logprob_gap"] > self._stage.max_logprob_gap:
-            raise WeightSyncError(
-                f"at step {step} learner and engine differ by {metrics['logprob_gap']:.2g} in the log-prob of a token "
-                f"(rl.max_logprob_gap is {self._stage.max_logprob_gap:g}): they do not hold the same weights, or they "
-                "sample and score differently"
-            )
-        seconds["learn"] = metrics.pop("seconds")
+        credit, metrics = await self._policy_step.take(step, groups)
+        gap = metrics.get("learner/logprob_gap", 0.0)  # none where a critic warms up
+        if max(staleness) == 0:
+            self._check_gap(step, gap)
         if self._stage.kl_coef > 0 and self._stage.reference_every and step % self._stage.reference_every == 0:
             await self._learners.reset_reference()
         published = await self._learners.publish(self._fleet, step)
         seconds |= {"publish": published["total"], "publish_pause": published["pause"]}
         recording = time.perf_counter()
-        self._run.directory.write_rollouts(f"rl-step-{step:06d}", groups, advantages=advantages)
+        self._run.directory.write_rollouts(f"rl-step-{step:06d}", groups, advantages=credit.means)
         if step % self._stage.checkpoint_every == 0 and step < self._stage.steps:
             await self._save(step, cursor=self._state.cursor)
         seconds["record"] = time.perf_counter() - recording
@@ -181,7 +221,7 @@ class _RlTrainer:
         line = {
             **mean_metrics(rollouts),
             **collection.statuses,
-            **{f"learner/{name}": value for name, value in metrics.items()},
+            **metrics,
             "staleness_mean": float(np.mean(staleness)),
             "staleness_max": float(max(staleness)),
             "tokens_per_second": sum(rollout.num_trained_tokens for rollout in rollouts) / total,
@@ -197,57 +237,26 @@ class _RlTrainer:
             accuracy=line["accuracy"],
             tools=line["tool_rate"],
             tokens=line["response_tokens"],
-            gap=metrics["logprob_gap"],
+            gap=gap,
             seconds=total,
         )
 
-    def _advantages(self, groups: Sequence[RolloutGroup]) -> list[float]:
-        """One for each rollout, in the order of the groups."""
-        parts = [np.asarray(self._advantage(group.rewards), dtype=np.float64) for group in groups]
-        for group, part in zip(groups, parts, strict=True):
-            if part.shape != group.rewards.shape or not np.isfinite(part).all():
-                raise ConfigError(
-                    f"rl.advantage={self._stage.advantage} made {part.tolist()} of the rewards "
-                    f"{group.rewards.tolist()}; "
-                    "it must return one finite number for each"
-                )
-        found = np.concatenate(parts)
-        return [float(value) for value in (whiten(found) if self._stage.whiten_advantages else found)]
-
-    async def _update(self, step: int, rollouts: list[Rollout], advantages: list[float]) -> dict[str, float]:
-        """All optimizer steps of one policy step; the metrics are of the first, which sees the policy that sampled."""
-        order = np.random.default_rng([self._run.config.seed, step]).permutation(len(rollouts))
-        first: dict[str, float] = {}
-        seconds = 0.0
-        for part in np.array_split(order, self._stage.updates_per_step):
-            if not any(rollouts[i].num_trained_tokens for i in part):
-                continue
-            metrics = await self._learners.step(
-                assemble(
-                    [rollouts[i] for i in part],
-                    [advantages[i] for i in part],
-                    aggregation=self._stage.aggregation,
-                    constant=self._stage.sampling.max_response_tokens,
-                ),
-                temperature=self._stage.sampling.temperature,
-                clip_low=self._stage.clip_low,
-                clip_high=self._stage.clip_high,
-                kl_coef=self._kl_coef(step),
-                kl_estimator=self._stage.kl_estimator,
+    def _check_gap(self, step: int, gap: float) -> None:
+        if gap > self._stage.max_logprob_gap:
+            raise WeightSyncError(
+                f"at step {step} learner and engine differ by {gap:.2g} in the log-prob of a token "
+                f"(rl.max_logprob_gap is {self._stage.max_logprob_gap:g}): they do not hold the same weights, or they "
+                "sample and score differently"
             )
-            check_finite(metrics, self._stage.optimizer.max_skipped_steps)
-            seconds += metrics["seconds"]
-            first = first or metrics
-        return {**first, "seconds": seconds, "kl_coef": self._kl_coef(step)}
-
-    def _kl_coef(self, step: int) -> float:
-        if self._stage.kl_schedule == "constant":
-            return self._stage.kl_coef
-        return self._stage.kl_coef * 0.5 * (1 + math.cos(math.pi * (step - 1) / self._stage.steps))
 
     async def _save(self, step: int, cursor: int | None = None) -> None:
-        state = {"cursor": self._state.cursor if cursor is None else cursor, "dropped": dict(self._state.dropped)}
-        await save_checkpoint(self._store, self._learners, step, state)
+        state = {
+            "cursor": self._state.cursor if cursor is None else cursor,
+            "dropped": dict(self._state.dropped),
+            "kl_coef": self._policy_step.kl.adapted,
+            "curriculum": self._order,
+        }
+        await self._writer.save(step, state)
 
 
 def _gap_summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,7 @@ class Ranks:
         self.learner, self.folder, self.rank, self.ports = learner, folder, rank, ports
         self.world_size, self.options, self.mine = world_size, options or {}, folder / f"{name}-{world_size}"
 
-    def start(self, **config: Any) -> Any:
+    def start(self, *, optimizer: OptimizerConfig = OPTIMIZER, **config: Any) -> Any:
         learner = self.learner(
             model_path=str(self.folder / "model"),
             config=LearnersConfig(options=self.options, **config),
@@ -123,7 +124,7 @@ class Ranks:
         )
         learner.start(
             master=("127.0.0.1", self.ports.pop(0)),
-            optimizer=OPTIMIZER,
+            optimizer=optimizer,
             total_steps=STEPS,
             loss=clipped_policy_gradient,
             with_reference=True,
@@ -141,6 +142,19 @@ def weights(learner: Any) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in learner._full_weights()}
 
 
+def wait_for(learner: Any, *, seconds: float = 60) -> None:
+    """Return when what `save` began is written."""
+    deadline = time.monotonic() + seconds
+    while not learner.saved():
+        assert time.monotonic() < deadline, "the checkpoint is never written"
+        time.sleep(0.01)
+
+
+def timeless(metrics: Json) -> Json:
+    """The metrics of a step that must come out the same when it is done again."""
+    return {name: value for name, value in metrics.items() if name not in ("seconds", "max/memory_gib")}
+
+
 def everything(ranks: Ranks, masters: Callable[[Any], dict[str, Tensor]]) -> Json:
     """All that the tests below look at, on this rank."""
     mine, todo = ranks.mine, batches(ranks.folder)
@@ -154,8 +168,9 @@ def everything(ranks: Ranks, masters: Callable[[Any], dict[str, Tensor]]) -> Jso
     result["run"] = [ranks.step(learner, batch) for batch in todo[:2]]
     learner.save(str(mine / "checkpoint"))
     result["saved"] = weights(learner)
-    result["run"] += [ranks.step(learner, batch) for batch in todo[2:]]
+    result["run"] += [ranks.step(learner, batch) for batch in todo[2:]]  # while the checkpoint may still be written
     result["weights"] = weights(learner)
+    wait_for(learner)
     learner.export(str(mine / "export"))
     learner.close()
 
@@ -173,6 +188,7 @@ def everything(ranks: Ranks, masters: Callable[[Any], dict[str, Tensor]]) -> Jso
     result["reset"] = ranks.step(learner, todo[2])
     learner.save(str(mine / "reset"))
     result["after_reset"] = ranks.step(learner, todo[3])
+    wait_for(learner)
     learner.close()
 
     learner = ranks.start()

@@ -1,6 +1,9 @@
-"""The packed policy against transformers, one sequence at a time: same log-probs, same gradients, same entropies."""
+"""The packed networks against transformers, one sequence at a time: same numbers, same gradients."""
 
+import json
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlsys.learners import model as model_module
-from rlsys.learners.model import Policy, to_tensors
+from rlsys.errors import ConfigError
+from rlsys.learners import head as head_module
+from rlsys.learners.model import Policy, Scorer, to_tensors
 from rlsys.packing import MicroBatch, pack
 from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.types import Rollout, TrainBatch
@@ -156,36 +160,60 @@ def test_a_uniform_policy_has_the_log_prob_and_entropy_of_its_vocabulary(one_fol
     assert entropies.tolist() == pytest.approx([math.log(vocabulary)] * len(entropies), abs=1e-5)
 
 
-def test_entropy_golden_numbers(one_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy.load(str(one_folder))
-    # Probabilities 1/2, 1/4, 1/4: entropy 1/2 ln 2 + 2 * 1/4 ln 4 = 1.5 ln 2. At temperature 1/2 the odds are squared:
-    # 4 : 1 : 1, probabilities 2/3, 1/6, 1/6, entropy 2/3 ln 1.5 + 1/3 ln 6.
-    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
-    monkeypatch.setattr(policy.hf, "lm_head", torch.nn.Identity())
-    logprob, entropy = policy._head(logits, torch.tensor([0]), 1.0)
-    assert float(logprob) == pytest.approx(math.log(1 / 2))
-    assert float(entropy) == pytest.approx(1.5 * math.log(2))
-    logprob, entropy = policy._head(logits, torch.tensor([2]), 0.5)
-    assert float(logprob) == pytest.approx(math.log(1 / 6))
-    assert float(entropy) == pytest.approx(2 / 3 * math.log(1.5) + 1 / 3 * math.log(6))
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 34, 35, 1000])
 def test_the_head_in_chunks_is_the_head_at_once(one_folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute() -> tuple[Tensor, Tensor, list[Tensor]]:
         policy = Policy.load(str(one_folder))
-        logprobs, entropies = policy(*to_tensors(packed(sequences()), CPU), 0.9)
-        (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
-        return logprobs.detach(), entropies, [parameter.grad for parameter in policy.parameters()]  # type: ignore[misc]
+        logprobs, entropies = policy(*to_tensors(packed(sequences()), CPU), 0.9, entropy_gradient=True)
+        (logprobs * torch.linspace(-1, 1, len(logprobs)) + 0.3 * entropies).sum().backward()
+        return logprobs.detach(), entropies.detach(), [parameter.grad for parameter in policy.parameters()]  # type: ignore[misc]
 
-    monkeypatch.setattr(model_module, "_HEAD_CHUNK", 10**6)
     logprobs, entropies, gradients = compute()
-    monkeypatch.setattr(model_module, "_HEAD_CHUNK", chunk)
+    assert len(logprobs) == 35
+    row = 4 * Policy.load(str(one_folder)).hf.config.vocab_size  # type: ignore[union-attr,operator]
+    monkeypatch.setattr(head_module, "_CHUNK_BYTES", chunk * row)
+    monkeypatch.setattr(head_module, "_KEPT_BYTES", chunk * row)
     chunked_logprobs, chunked_entropies, chunked_gradients = compute()
     torch.testing.assert_close(chunked_logprobs, logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(chunked_entropies, entropies, atol=1e-5, rtol=0)
     for mine, theirs in zip(chunked_gradients, gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("least", "forwards", "backwards"), [(1, 1, 0), (2, 2, 2), (7, 7, 7)])
+@pytest.mark.parametrize("some", [True, False], ids=["some tokens", "no tokens"])
+def test_ranks_that_must_run_the_head_equally_often_do_so_in_both_passes(
+    one_folder: Path, least: int, forwards: int, backwards: int, some: bool
+) -> None:
+    policy = Policy.load(str(one_folder))
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    policy.hf.lm_head.register_forward_hook(count)  # type: ignore[union-attr,operator]
+    policy.least_chunks = least
+    logprobs, _ = policy(*to_tensors(packed(sequences() if some else []), CPU), 1.0)
+    assert calls == forwards
+    logprobs.sum().backward()
+    assert calls == forwards + backwards
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_entropy_has_a_gradient_where_it_is_asked_for(one_folder: Path, chunked: bool) -> None:
+    rollouts = sequences()
+    policy = Policy.load(str(one_folder))
+    policy.least_chunks = 3 if chunked else 1
+    entropies = policy(*to_tensors(packed(rollouts), CPU), 0.7, entropy_gradient=True)[1]
+    alone = AutoModelForCausalLM.from_pretrained(one_folder, dtype=torch.float32)
+    expected = reference(alone, rollouts, 0.7)[1]
+    weights = torch.linspace(-1, 2, len(entropies))
+    (entropies * weights).sum().backward()
+    (expected * weights).sum().backward()
+    theirs = dict(alone.named_parameters())
+    for name, parameter in policy.hf.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_recomputed_activations_give_the_same_gradients(one_folder: Path) -> None:
@@ -231,3 +259,150 @@ def test_the_layers_are_the_units_of_sharding(one_folder: Path) -> None:
     policy = Policy.load(str(one_folder))
     assert len(policy.layers) == 2
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+
+
+def test_a_model_that_changes_its_logits_is_refused(one_folder: Path, tmp_path: Path) -> None:
+    changed = with_settings(one_folder, tmp_path / "changed", logit_scale=0.0625)
+    with pytest.raises(ConfigError, match=r"logit_scale: 0\.0625"):
+        Policy.load(str(changed))
+    Policy.load(str(with_settings(one_folder, tmp_path / "same", logit_scale=1.0)))
+
+
+# --- one number for a token ------------------------------------------------------------------------------------------
+
+
+def with_settings(folder: Path, target: Path, **settings: Any) -> Path:
+    """A copy of a model folder with these settings in its config.json."""
+    shutil.copytree(folder, target)
+    found = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**found, **settings}))
+    return target
+
+
+@pytest.fixture(scope="module")
+def scorer_folder(one_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of transformers with one label, and a head whose numbers differ from token to token."""
+    folder = tmp_path_factory.mktemp("scorer") / "model"
+    shutil.copytree(one_folder, folder)
+    network = AutoModelForSequenceClassification.from_pretrained(one_folder, num_labels=1)
+    torch.nn.init.normal_(network.score.weight, std=1.0)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rollouts", FAMILIES.values(), ids=FAMILIES)
+def test_a_scorer_gives_what_the_classifier_gives_for_the_text_up_to_each_token(
+    scorer_folder: Path, rollouts: list[Rollout]
+) -> None:
+    values, nothing = (scorer := Scorer.load(str(scorer_folder)))(*to_tensors(packed(rollouts), CPU), 0.7)
+    alone = AutoModelForSequenceClassification.from_pretrained(scorer_folder, dtype=torch.float32)
+    prefixes = [
+        torch.from_numpy(rollout.tokens[:target].astype(np.int64))
+        for rollout in rollouts
+        for target in np.flatnonzero(rollout.loss_mask[1:]) + 1
+    ]
+    # All of them padded on the right, in one batch; the padding must not be a token that occurs.
+    pad = alone.config.vocab_size - 1
+    assert all(int(prefix.max()) < pad for prefix in prefixes)
+    alone.config.pad_token_id = pad
+    rows = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=pad)
+    expected = alone(rows, attention_mask=(rows != pad).long()).logits[:, 0]
+    assert float(expected.detach().std()) > 0.3
+    assert (values.dtype, values.shape) == (torch.float32, (len(prefixes),))
+    torch.testing.assert_close(values, expected, atol=2e-5, rtol=0)
+    assert nothing.tolist() == [0.0] * len(prefixes)
+    assert not nothing.requires_grad
+
+    weights = torch.linspace(-1, 2, len(values))
+    (values * weights).sum().backward()
+    (expected * weights).sum().backward()
+    theirs = dict(alone.named_parameters())
+    for name, parameter in scorer.hf.named_parameters():
+        gradient, other = parameter.grad, theirs[name].grad
+        assert gradient is not None, name
+        scale = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(gradient, other, atol=2e-5 * scale, rtol=0, msg=name)
+
+
+def test_a_scorer_made_of_a_language_model_begins_at_zero_and_without_a_warning(
+    one_folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        scorer = Scorer.load(str(one_folder))
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert caplog.records == []
+    assert "score.weight" not in capfd.readouterr().err
+    values, _ = scorer(*to_tensors(packed(sequences()), CPU), 1.0)
+    assert values.tolist() == [0.0] * 35
+    (values - 1).square().sum().backward()
+    assert scorer.hf.score.weight.grad.abs().max() > 0.1  # type: ignore[union-attr,operator]
+    theirs = AutoModelForCausalLM.from_pretrained(one_folder).model.state_dict()
+    for name, weight in scorer.hf.model.state_dict().items():  # type: ignore[union-attr,operator]
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_a_scorer_that_was_exported_is_the_same_and_a_reward_model_of_transformers(
+    scorer_folder: Path, tmp_path: Path
+) -> None:
+    scorer = Scorer.load(str(scorer_folder))
+    scorer.hf.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = Scorer.load(str(tmp_path))
+    arguments = to_tensors(packed(sequences()), CPU)
+    assert torch.equal(scorer(*arguments, 1.0)[0], again(*arguments, 1.0)[0])
+    classifier, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert classifier.config.num_labels == 1
+    assert classifier.config.pad_token_id is not None
+    assert not report["missing_keys"]
+    assert torch.equal(classifier.score.weight, scorer.hf.score.weight)  # type: ignore[union-attr,arg-type]
+
+
+def test_a_scorer_takes_its_pad_token_from_the_tokenizer_where_the_model_names_none(
+    one_folder: Path, tmp_path: Path
+) -> None:
+    named = json.loads((one_folder / "config.json").read_text())["pad_token_id"]
+    scorer = Scorer.load(str(with_settings(one_folder, tmp_path / "without", pad_token_id=None)))
+    assert isinstance(named, int)
+    assert scorer.hf.config.pad_token_id == named  # type: ignore[union-attr,operator]
+
+
+def test_a_scorer_on_an_empty_micro_batch_goes_through_every_layer(scorer_folder: Path) -> None:
+    scorer = Scorer.load(str(scorer_folder), activation_checkpointing=True).train()
+    scorer.least_chunks = 3
+    assert (len(scorer.layers), scorer.num_chunks(10**9)) == (2, 1)
+    values, nothing = scorer(*to_tensors(packed([]), CPU), 1.0)
+    assert (len(values), len(nothing)) == (0, 0)
+    values.sum().backward()
+    for name, parameter in scorer.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any()
+
+
+def with_three_labels(folder: Path, target: Path) -> None:
+    network = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    network.save_pretrained(target)
+
+
+def without_a_layer(folder: Path, target: Path) -> None:
+    with_settings(folder, target, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+
+
+def of_another_width(folder: Path, target: Path) -> None:
+    with_settings(folder, target, intermediate_size=56)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (with_three_labels, "has a head of more than one label"),
+        (without_a_layer, r"lacks the weights model\.layers\.2"),
+        (of_another_width, r"lacks the weights model\.layers\.0\.mlp.*or they have other shapes"),
+        (lambda *_: None, "no model for a scalar head in"),
+    ],
+)
+def test_what_is_no_scorer_is_refused(one_folder: Path, tmp_path: Path, damage: Any, says: str) -> None:
+    damage(one_folder, tmp_path / "damaged")
+    with pytest.raises(ConfigError, match=says):
+        Scorer.load(str(tmp_path / "damaged"))

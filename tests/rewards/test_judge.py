@@ -15,10 +15,11 @@ import pytest
 from rlsys.chat import load_tokenizer
 from rlsys.config import ActorsConfig
 from rlsys.errors import ActorError, ConfigError
+from rlsys.grader_text import PlainEncoder
 from rlsys.interfaces import RewardResult
 from rlsys.rewards.elo import choose_pairs, fit_strengths
 from rlsys.rewards.judge import ChatEngine, JudgeReward, PairwiseJudge
-from rlsys.rewards.untrusted import Fence, PlainEncoder, behind_thinking, visible
+from rlsys.rewards.untrusted import Fence, behind_thinking, visible
 from rlsys.scratch import CHAT_TEMPLATE, MARKS, WORDS, byte_tokenizer
 from rlsys.types import Completion, Problem, Rollout, RolloutGroup
 from tests.rewards.tampering_judge import ATTEMPTS, GUESS, written

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import dr_grpo, grpo, reward_itself, rloo, whiten
+from rlsys.advantages import dr_grpo, gae, grpo, reward_itself, rloo, whiten
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -77,3 +77,53 @@ def test_whitening_takes_the_whole_batch_worked_by_hand() -> None:
 
 def test_a_reward_may_be_its_own_advantage() -> None:
     assert reward_itself(np.array([0.25, -1.0])).tolist() == [0.25, -1.0]
+
+
+# --- GAE -------------------------------------------------------------------------------------------------------------
+
+TOKEN_REWARDS = np.array([0.0, 0.0, 1.0])
+VALUES = np.array([0.5, 0.25, 0.75])
+
+
+def test_gae_golden_numbers() -> None:
+    # gamma 1/2, lam 1/2. Errors: 0 + 0.125 - 0.5 = -0.375; 0 + 0.375 - 0.25 = 0.125; 1 - 0.75 = 0.25.
+    # Backwards with decay 1/4: 0.25; 0.125 + 0.0625 = 0.1875; -0.375 + 0.046875 = -0.328125.
+    found = gae(TOKEN_REWARDS, VALUES, gamma=0.5, lam=0.5)
+    assert found.tolist() == [-0.328125, 0.1875, 0.25]
+
+
+def test_gae_without_discount_and_decay_is_the_return_to_go_minus_the_value() -> None:
+    rewards = np.array([-0.5, 0.25, 1.0])  # to go: 0.75, 1.25, 1
+    assert gae(rewards, VALUES, gamma=1.0, lam=1.0).tolist() == [0.25, 1.0, 0.25]
+
+
+def test_gae_with_lam_zero_is_the_error_of_the_critic() -> None:
+    assert gae(TOKEN_REWARDS, VALUES, gamma=1.0, lam=0.0).tolist() == [-0.25, 0.5, 0.25]
+
+
+def test_gae_of_a_critic_that_knows_everything_is_zero() -> None:
+    assert not gae(TOKEN_REWARDS, np.ones(3), gamma=1.0, lam=0.95).any()
+
+
+def test_gae_of_no_token_is_empty_and_of_one_is_the_reward_minus_the_value() -> None:
+    assert gae(np.zeros(0), np.zeros(0), gamma=1.0, lam=0.95).shape == (0,)
+    assert gae(np.array([2.0]), np.array([0.5]), gamma=0.3, lam=0.7).tolist() == [1.5]
+
+
+def test_gae_wants_one_value_for_each_reward() -> None:
+    with pytest.raises(ValueError, match=r"as many rewards as values, got the shapes \(3,\) and \(2,\)"):
+        gae(TOKEN_REWARDS, VALUES[:2], gamma=1.0, lam=1.0)
+
+
+@PATIENT
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=20), st.floats(0, 1), st.floats(0, 1)
+)
+def test_gae_is_the_weighted_sum_of_all_later_errors(
+    tokens: list[tuple[float, float]], gamma: float, lam: float
+) -> None:
+    rewards, values = np.array(tokens).T
+    following = np.append(values[1:], 0.0)
+    errors = rewards + gamma * following - values
+    by_hand = [sum((gamma * lam) ** k * error for k, error in enumerate(errors[t:])) for t in range(len(errors))]
+    assert gae(rewards, values, gamma=gamma, lam=lam) == pytest.approx(by_hand, abs=1e-9)

@@ -108,7 +108,7 @@ def test_a_value_of_the_wrong_type_names_the_file_and_the_key(file: Path, more: 
         ("", ["rl.updates_per_step=65"], "more than the rollouts of one step"),
         ("", ["rl.sampling.max_response_tokens=512"], "leaves no room for a prompt in actors.max_model_tokens"),
         ("", ["eval.sampling.max_response_tokens=600"], "eval.sampling.max_response_tokens"),
-        ("", ["stages=[rl,tune]"], "unknown stage 'tune'; known: sft, rl, eval"),
+        ("", ["stages=[rl,tune]"], "unknown stage 'tune'; known: sft, preference, reward_model, rl, eval"),
         ("", ["stages=[]"], "stages is empty"),
         ("", ["stages=[rl,rl]"], "names a stage twice"),
         ("", ["stages=[sft]"], "sft.demonstrations is not set"),

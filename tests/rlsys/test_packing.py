@@ -1,11 +1,13 @@
 """Packing: nothing is lost, doubled or mixed up, and the ranks stay level."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlsys.packing import MicroBatch, assign, pack, shard
+from rlsys.packing import MicroBatch, assign, pack, shard, unpack
 from rlsys.types import Rollout, TrainBatch
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -229,3 +231,46 @@ def test_nothing_is_lost_where_prompts_are_shared(
         assert units <= 1 or len(micro.tokens) <= budget
     written = [rollout.tokens.tolist() for rollout in rollouts if rollout.num_trained_tokens]
     assert sorted(f for f in found if f in written) == sorted(written)
+
+
+@PATIENT
+@given(st.lists(answers_of, min_size=1, max_size=6), st.integers(0, 8), ranks, budgets)
+def test_what_was_found_for_trained_tokens_comes_back_to_its_rollout(
+    groups: list[list[list[int]]], prompt: int, num_ranks: int, budget: int
+) -> None:
+    batch = batch_from([r for i, answers in enumerate(groups) for r in family([50 + i] * prompt, *answers)])
+    micro_batches = [m for rank in shard(batch, num_ranks=num_ranks, max_tokens=budget) for m in rank]
+    found = unpack(batch, micro_batches, [micro.rollout_logprobs for micro in micro_batches])
+    for rollout, values in zip(batch.rollouts, found, strict=True):
+        trained = rollout.loss_mask & (np.arange(len(rollout)) > 0)
+        assert np.array_equal(values, np.where(trained, rollout.logprobs, 0))
+
+
+@PATIENT
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12), ranks, budgets)
+def test_the_two_of_a_pair_are_never_parted(pairs: list[tuple[int, int]], num_ranks: int, budget: int) -> None:
+    # Three pairs each of one prompt, so that families have more than one pair.
+    rollouts = [
+        rollout
+        for number, (chosen, rejected) in enumerate(pairs)
+        for rollout in family([90 + number // 3] * 4, [1] * chosen, [2] * rejected)
+    ]
+    batch = replace(batch_from(rollouts), unit=2)
+    seen = []
+    for micro in (m for rank in shard(batch, num_ranks=num_ranks, max_tokens=budget) for m in rank):
+        members = micro.members.tolist()
+        assert members[0::2] == [member - 1 for member in members[1::2]]
+        assert all(member % 2 == 0 for member in members[0::2])
+        seen += members
+    assert sorted(seen) == list(range(len(rollouts)))
+
+
+def test_a_pair_with_two_prompts_is_refused() -> None:
+    batch = replace(batch_from([*family([1, 2], [3]), *family([1, 9], [3])]), unit=2)
+    with pytest.raises(ValueError, match="rollout 0 and the 1 that belong to it have different prompts"):
+        shard(batch, num_ranks=1, max_tokens=100)
+
+
+def test_a_batch_of_pairs_has_an_even_number_of_rollouts() -> None:
+    with pytest.raises(ValueError, match="3 rollouts are no whole number of units of 2"):
+        replace(batch_from(family([1, 2], [3], [4], [5])), unit=2)

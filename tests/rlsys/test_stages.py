@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.chat import Chat
+from rlsys.curriculum import endless
 from rlsys.demonstrations import Demonstration, arithmetic_demonstrations
 from rlsys.scratch import byte_tokenizer
-from rlsys.stages.common import assemble, endless
-from rlsys.stages.sft import to_rollout
+from rlsys.stages.common import assemble
+from rlsys.stages.offline import to_rollout
 from rlsys.types import Problem, Rollout
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
