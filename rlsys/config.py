@@ -122,12 +122,12 @@ class LoraConfig:
     alpha: float = 32.0
     """What an adapter adds is multiplied by alpha / rank."""
     targets: list[str] | None = None
-    """Names of the linear layers that get one, such as `[q_proj, v_proj]`; all but the output head where none is given."""
+    """Names of the linear layers that get one, such as `[q_proj, v_proj]`; without, all but the output head."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"learners.lora.rank is {self.rank}; at least 1 is needed")
         require(self.alpha > 0, f"learners.lora.alpha is {self.alpha:g}; it must be above 0")
-        require(self.targets is None or bool(self.targets), "learners.lora.targets is empty; leave it out for all layers")
+        require(self.targets is None or bool(self.targets), "learners.lora.targets is empty; null is all layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ class Config:
         )
         require(
             self.learners.lora is None or not self.rl.reference_every,
-            "rl.reference_every renews the reference, but with learners.lora that is the frozen model itself; leave one out",
+            "rl.reference_every renews the reference, but with learners.lora that is the frozen model; leave one out",
         )
         require(
             "sft" not in self.stages or self.sft.demonstrations is not None,
