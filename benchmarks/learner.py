@@ -4,7 +4,7 @@
 
 One process, one thread, float32, an untrained Qwen2-shaped model of 6 layers; 4 groups of 8 rollouts with lognormal
 lengths. All sides compute log-probs and entropies of the trained tokens by the same function for the head, the clipped
-policy gradient, and its gradient; none makes an optimizer step. The C library keeps freed memory, as the learner has it.
+policy gradient, and its gradient; none makes an optimizer step. The C library keeps freed memory, as in the learner.
 
 `padded`: every rollout padded on the right to the longest of the batch, which needs no mask (a token sees only what is
 before it, and padding is behind), so that PyTorch's fused kernel for causal attention runs; four rows at a time, which

@@ -198,6 +198,7 @@ class _RlTrainer:
         groups = collection.groups
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         staleness = [step - 1 - rollout.first_version for rollout in rollouts if rollout.num_trained_tokens]
+        staleness = staleness or [0]  # no rollout of this step wrote a token
         assert max(staleness) <= self._stage.max_staleness, "the loop broke its staleness bound"
         credit, metrics = await self._policy_step.take(step, groups)
         gap = metrics.get("learner/logprob_gap", 0.0)  # none where a critic warms up

@@ -35,12 +35,13 @@ def test_an_exchange_repairs_what_longest_first_does_badly_worked_by_hand() -> N
     assert sorted(sorted(held) for rank in plan for held in rank) == [[0, 1], [2, 3, 4]]
 
 
-def test_a_sequence_is_given_away_where_no_exchange_is_needed_worked_by_hand() -> None:
-    # Dearest first makes 6 5 | 6 4, then 3 to the 10, 3 to the 11 and 1 to the 13: 14 | 14, already level.
-    # With room for 12 tokens a bin, two rounds of two are 6 3 | 6 1 and 5 3 | 4, and 28 is 14 a rank.
-    plan = assign([6, 6, 5, 4, 3, 3, 1], num_ranks=2, max_tokens=12)
-    assert totals(plan, [6, 6, 5, 4, 3, 3, 1]) == [14, 14]
-    assert all(sum([6, 6, 5, 4, 3, 3, 1][index] for index in held) <= 12 for rank in plan for held in rank)
+def test_rounds_meet_so_that_the_ranks_are_level_worked_by_hand() -> None:
+    # 28 tokens in bins of 12 on two ranks are two rounds: 6 1 | 6 | 5 3 | 4 3, by falling load 8 7 and 7 6. The rank
+    # with 8 gets the 6 of the second round.
+    lengths = [6, 6, 5, 4, 3, 3, 1]
+    plan = assign(lengths, num_ranks=2, max_tokens=12)
+    assert totals(plan, lengths) == [14, 14]
+    assert loads(plan, lengths) == [[8, 7], [6, 7]]
 
 
 def test_the_costs_are_levelled_and_not_the_lengths() -> None:

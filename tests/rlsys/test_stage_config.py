@@ -64,11 +64,13 @@ def test_a_critic_is_set_by_any_of_its_keys_and_read_back_the_same(tmp_path: Pat
 
 def test_the_settings_of_the_documentation_are_valid(tmp_path: Path) -> None:
     text = (QUICKSTART.parents[1] / "docs" / "algorithms.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     tree = yaml.safe_load(QUICKSTART.read_text())
-    tree["rl"] |= yaml.safe_load(block)["rl"]
+    tree["actors"]["max_model_tokens"] = 32768
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        tree["rl"] |= yaml.safe_load(block)["rl"]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     config = load_config(tmp_path / "run.yaml")
+    assert config.rl.budget(300) == 20480
     assert config.rl.critic is not None
     assert (config.rl.critic.gpus, config.rl.critic.warmup_steps, config.rl.whiten_advantages) == (1.0, 2, True)
 
