@@ -69,7 +69,8 @@ def ours() -> Head:
     import torch
     from torch import nn
 
-    from rlsys.learners.model import Layout, Policy
+    from rlsys.learners.attention import Layout
+    from rlsys.learners.model import Policy
 
     class Given(nn.Module):
         def __init__(self, hidden: Tensor) -> None:

@@ -2,94 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from rlsys.chat import load_tokenizer
 from rlsys.config import LoraConfig
 from rlsys.errors import ConfigError
+from rlsys.learners.attention import Layout
 from rlsys.learners.head import Head, SummedGradient, num_chunks, summed_gradient, token_logprobs
 from rlsys.learners.lora import add_adapters
 from rlsys.packing import MicroBatch
-
-_LONG_PREFIX = 3
-"""A prefix this many times longer than what follows is read through a mask. A shorter one is attended again and the
-results dropped, which is cheaper: with a mask, CPU kernels also compute what it hides."""
-
-
-class Layout(NamedTuple):
-    """Where the segments of a pack are: `boundaries` [S+1], and for each the one that it continues or -1, [S]."""
-
-    boundaries: list[int]
-    prefixes: list[int]
-
-
-def packed_attention(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    layout: Layout,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a pack; query [1, H, T, D], result [1, T, H, D].
-
-    Exactly block-diagonal: segments are attended one by one, each with the segment that it continues, so nothing is
-    computed for pairs of different sequences and no mask of the pack is ever built.
-    """
-    lengths = [end - begin for begin, end in itertools.pairwise(layout.boundaries)]
-    # Split, not sliced: the backward pass of a slice fills a gradient of the whole pack.
-    queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
-
-    def attend(index: int, prefix: int) -> Tensor:
-        q, k, v = queries[index], keys[index], values[index]
-        own, mask = q.shape[2], None
-        if prefix >= 0:
-            before = lengths[prefix]
-            k, v = torch.cat([keys[prefix], k], 2), torch.cat([values[prefix], v], 2)
-            if before > _LONG_PREFIX * own:
-                mask = torch.ones(own, before + own, dtype=torch.bool, device=q.device).tril(before)
-            else:
-                q = torch.cat([queries[prefix], q], 2)
-        result = nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return result[:, :, -own:]
-
-    parts = [attend(index, prefix) for index, prefix in enumerate(layout.prefixes)]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("rlsys_packed", packed_attention)
-AttentionMaskInterface.register("rlsys_packed", lambda *_, **__: None)
-
 
 _LOGIT_CHANGES = (
     "final_logit_softcapping",
