@@ -25,16 +25,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlsys.checkpoint import check_same_model
 from rlsys.config import LearnersConfig, OptimizerConfig
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import CheckpointError
 from rlsys.learners.learner import Learner
 from rlsys.learners.model import PackedNetwork
 from rlsys.learners.optimizers import optimizers
 from rlsys.packing import MicroBatch
+from rlsys.plugins import check_options
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 """What a checkpoint holds of the policy: weights that adapters stand beside come from the model's folder again."""
@@ -51,9 +52,8 @@ class FsdpLearner(Learner):
 
     @classmethod
     def check_config(cls, config: LearnersConfig, optimizers: Mapping[str, OptimizerConfig]) -> None:  # noqa: ARG003
-        """Refuse options: there is none. Every optimizer works."""
-        if config.options:
-            raise ConfigError(f"learners.options: FsdpLearner has none, but {', '.join(config.options)} was given")
+        """Refuse options that do not exist. Every optimizer works."""
+        check_options(_offload_policy, config.options, place="learners")
 
     def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
         self._mesh = init_device_mesh(self._device.type, (self._world_size,))
@@ -67,10 +67,14 @@ class FsdpLearner(Learner):
 
     def _sharded(self, policy: PackedNetwork) -> PackedNetwork:
         policy.to(self._device)
-        precision = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
+        settings: dict[str, Any] = {
+            "mesh": self._mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32),
+            "offload_policy": _offload_policy(**self._config.options),
+        }
         for layer in policy.layers:
-            fully_shard(layer, mesh=self._mesh, mp_policy=precision)
-        fully_shard(policy, mesh=self._mesh, mp_policy=precision)
+            fully_shard(layer, **settings)
+        fully_shard(policy, **settings)
         return policy
 
     def infer(
@@ -110,7 +114,7 @@ class FsdpLearner(Learner):
                 kept.copy_(current)
 
     def _whole(self, parameter: Tensor) -> Tensor:
-        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data).detach()
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data).detach().to(self._device)
 
     def save(self, folder: str) -> None:
         """Copy this rank's shards of model and optimizer into memory, and of the reference if it was reset.
@@ -178,6 +182,11 @@ class FsdpLearner(Learner):
             self._reference.reshard()  # type: ignore[operator]
             state["reference"] = get_model_state_dict(self._reference)
         return state
+
+
+def _offload_policy(cpu_offload: bool = False) -> OffloadPolicy:
+    """`learners.options`: where weights, gradients and optimizer states live between the layers' turns."""
+    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["learners.cpus=500"], "no node has 500 CPU for one of the learner rank"),
+        pytest.param(["learners.cpus=500"], "no node has 500 CPU for one of the learner rank", marks=pytest.mark.slow),
         pytest.param(["actors.count=400"], "the run asks for", marks=pytest.mark.slow),
         pytest.param(["actors.gpus=1"], "no node has", marks=pytest.mark.slow),
     ],
@@ -155,7 +155,7 @@ def test_a_run_that_asks_for_more_than_there_is_says_so(tmp_path: Path, override
     ("overrides", "expected"),
     [
         (["rl.stepz=3"], "Did you mean: 'steps'"),
-        (["rl.steps=many"], "rl.steps"),
+        pytest.param(["rl.steps=many"], "rl.steps", marks=pytest.mark.slow),
         (["data.train.use=rlsys.data:reasoning_jim_problems"], "did you mean `rlsys.data:reasoning_gym_problems`"),
         (["model.scratch=null", "model.path=/nowhere/at/all"], "no tokenizer in '/nowhere/at/all'"),
     ],

@@ -393,14 +393,19 @@ def test_the_learning_rate_golden_numbers() -> None:
 
 
 def test_options_for_fsdp_are_found_before_anything_is_started() -> None:
-    with pytest.raises(ConfigError, match=r"learners.options: FsdpLearner has none, but stage was given"):
+    with pytest.raises(ConfigError, match=r"learners.options: unknown option 'stage'; known: cpu_offload"):
         check(load_config(ROOT / "configs/quickstart.yaml", ["learners.options={stage: 3}"]))
     check(load_config(ROOT / "configs/quickstart.yaml", ["rl.optimizer.kind=muon"]))
 
 
-def test_fsdp_has_no_options() -> None:
-    with pytest.raises(ConfigError, match=r"learners\.options.*stage"):
-        FsdpLearner(model_path="", config=LearnersConfig(options={"stage": 2}), rank=0, world_size=1)
+def test_what_is_offloaded_to_the_host_learns_the_same(folder: Path, results: Json) -> None:
+    ranks = Ranks(FsdpLearner, folder, rank=0, ports=free_ports(1), world_size=1, options={"cpu_offload": True})
+    learner = ranks.start()
+    metrics = [ranks.step(learner, batch) for batch in batches(folder)]
+    found = weights(learner)
+    learner.close()
+    assert_equal(found, results["one"]["weights"])
+    assert [line["grad_norm"] for line in metrics] == [line["grad_norm"] for line in results["one"]["run"]]
 
 
 def _main() -> None:

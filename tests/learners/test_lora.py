@@ -203,6 +203,7 @@ def on_ranks(folder: Path, rank: int, port: int, world_size: int) -> dict[str, T
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_adapters_as_one(folder: Path) -> None:
     mine, theirs = free_ports(2)
     results = in_two_processes(__file__, folder, str(theirs), meanwhile=lambda: {"one": on_ranks(folder, 0, mine, 1)})

@@ -434,6 +434,7 @@ async def grade_until(term: RewardTerm, enough: Callable[[int], bool]) -> list[t
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_on_ray_every_grading_ends_in_time_while_actors_are_killed_and_stopped_at_random(
     on_ray: asyncio.Runner,
