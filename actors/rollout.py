@@ -11,6 +11,7 @@ from typing import Any
 from rlsys.chat import Chat
 from rlsys.cluster import Actor
 from rlsys.config import Config, PooledPlugIn, RewardConfig, SamplingConfig
+from rlsys.demonstrations import Segments
 from rlsys.errors import RewardError, ToolError
 from rlsys.function_tool import build_tool
 from rlsys.interfaces import Tool
@@ -78,9 +79,12 @@ class RolloutActor:
         """From now on, use these actors of the plug-in that has this place in the configuration."""
         self._pooled[place].use_actors(actors)
 
-    async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
+    async def act(
+        self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str, prefix: Segments = ()
+    ) -> RolloutGroup:
         """`size` graded attempts at the problem, side by side; those that a tool or a reward failed are counted.
 
+        Each goes on behind `prefix`, the beginning of the turn (see `run_rollout`).
         What compares siblings grades last, those that are left. All weigh their terms as of now.
         """
         version = self._version
@@ -95,6 +99,7 @@ class RolloutActor:
                     max_model_tokens=self._config.actors.max_model_tokens,
                     rollout_id=f"{group_id}-{number}",
                     policy_step=version,
+                    prefix=prefix,
                 )
                 for number in range(size)
             ),

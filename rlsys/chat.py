@@ -9,6 +9,8 @@ arguments do not fit the tool's schema, is answered with a text that says so; it
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -96,6 +98,13 @@ class Chat:
             tool_format=config.tool_format,
             template_options=config.template_options,
         )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Same for two chats where the same text becomes the same tokens: of tokenizer, template and its options."""
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        parts = json.dumps([tokenizer, self.tokenizer.chat_template, self._template_options], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     @property
     def stop_strings(self) -> list[str]:

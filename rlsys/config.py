@@ -14,6 +14,7 @@ from rlsys.plug_in_config import PoolConfig as PoolConfig
 from rlsys.plug_in_config import PooledPlugIn as PooledPlugIn
 from rlsys.plug_in_config import RewardConfig as RewardConfig
 from rlsys.plug_in_config import require as require
+from rlsys.sample_config import SampleConfig as SampleConfig
 from rlsys.scratch import ScratchModel
 from rlsys.stage_config import Aggregation as Aggregation
 from rlsys.stage_config import CriticConfig as CriticConfig
@@ -187,6 +188,8 @@ class Config:
     graded, dropped and zeroed ones together."""
     tools: list[PooledPlugIn] = field(default_factory=list)
     """What the policy may call."""
+    samples: dict[str, SampleConfig] = field(default_factory=dict)
+    """Stages that make data, by the names under which `stages` has them."""
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
@@ -197,8 +200,12 @@ class Config:
 
     def __post_init__(self) -> None:
         require(bool(self.stages), f"stages is empty; give at least one of {', '.join(STAGES)}")
+        known = [*STAGES, *self.samples]
         for stage in self.stages:
-            require(stage in STAGES, f"stages: unknown stage {stage!r}; known: {', '.join(STAGES)}")
+            require(stage in known, f"stages: unknown stage {stage!r}; known: {', '.join(known)}")
+        for name in self.samples:
+            require(name not in STAGES, f"samples.{name}: this is the name of another stage; take another one")
+            require(name.isidentifier(), f"samples.{name}: the name of a stage is letters, digits and underscores")
         require(len(set(self.stages)) == len(self.stages), f"stages: {self.stages} names a stage twice")
         require(bool(self.rewards), "rewards is empty; give one, such as `use: rlsys.rewards.math:MathReward`")
         names = [reward.name for reward in self.rewards]
@@ -220,10 +227,13 @@ class Config:
                 stage not in self.stages or getattr(self, stage).pairs is not None,
                 f"stages has `{stage}`, but {stage}.pairs is not set",
             )
-        for section in ("rl", "eval"):
-            budget = getattr(self, section).sampling.max_response_tokens
+        sections = {"rl", "eval"} if "rl" in self.stages else {"eval"} & set(self.stages)
+        budgets = {f"{section}.sampling": getattr(self, section).sampling for section in sorted(sections)}
+        budgets |= {f"samples.{name}.sampling": stage.sampling for name, stage in self.samples.items()}
+        for section, sampling in budgets.items():
+            budget = sampling.max_response_tokens
             require(
                 budget < self.actors.max_model_tokens,
-                f"{section}.sampling.max_response_tokens ({budget}) leaves no room for a prompt in "
+                f"{section}.max_response_tokens ({budget}) leaves no room for a prompt in "
                 f"actors.max_model_tokens ({self.actors.max_model_tokens})",
             )

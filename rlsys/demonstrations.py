@@ -10,8 +10,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlsys.errors import ConfigError, DataError
 from rlsys.types import Problem
+
+Segments = tuple[tuple[str, bool], ...]
+"""The pieces of an assistant turn in their order: text, and whether it trains."""
 
 TOOL_OPENINGS = (
     "Let me verify with Python.",
@@ -35,15 +41,34 @@ CLOSING = "Verified."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """The token axis of an answer as it was generated, prompt included: `tokens` [T] int32, `loss_mask` [T] bool.
+
+    `template` is the fingerprint of the chat that wrote it (`Chat.fingerprint`): under another one the ids mean
+    something else.
+    """
+
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    template: str
+
+    def __post_init__(self) -> None:
+        if self.tokens.shape != self.loss_mask.shape or self.tokens.ndim != 1:
+            raise ValueError(f"tokens {self.tokens.shape} and loss_mask {self.loss_mask.shape} share one token axis")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
     """A problem and an assistant turn that solves it.
 
     `segments` are (text, trained) in the order of the turn: tool output is not trained on. Each is tokenized by itself,
-    as in a rollout. The end of turn is not in them: append the tokenizer's `eos_token_id`, trained.
+    as in a rollout. The end of turn is not in them: append the tokenizer's `eos_token_id`, trained. Where the turn was
+    generated, `recorded` holds its token ids, and these train under the same chat; elsewhere the text does.
     """
 
     problem: Problem
-    segments: tuple[tuple[str, bool], ...]
+    segments: Segments
+    recorded: Recorded | None = None
 
     @property
     def text(self) -> str:

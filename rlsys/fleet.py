@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rlsys import cluster
 from rlsys.cluster import Actor, Demand
 from rlsys.config import Config, OptimizerConfig, SamplingConfig
+from rlsys.demonstrations import Segments
 from rlsys.errors import TrainingStalledError, WeightSyncError
 from rlsys.packing import MicroBatch, shard, unpack
 from rlsys.plugins import resolve
@@ -91,12 +92,16 @@ class RolloutFleet:
                 found[f"isolation_{name}"] = min(tier, found.get(f"isolation_{name}", tier))
         return found
 
-    async def act(self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str) -> RolloutGroup:
-        """Roll out one problem on the least loaded actor."""
+    async def act(
+        self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str, prefix: Segments = ()
+    ) -> RolloutGroup:
+        """Roll out one problem on the least loaded actor; the policy goes on behind `prefix`."""
         index = self._load.index(min(self._load))
         self._load[index] += 1
         try:
-            group = await self.actors[index].call("act", problem, size=size, sampling=sampling, group_id=group_id)
+            group = await self.actors[index].call(
+                "act", problem, size=size, sampling=sampling, group_id=group_id, prefix=prefix
+            )
             assert isinstance(group, RolloutGroup)
             return group
         finally:

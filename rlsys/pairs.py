@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.demonstrations import Demonstration
+from rlsys.demonstrations import Demonstration, Segments
 from rlsys.errors import DataError
 from rlsys.losses import LossInputs, LossOutputs
 from rlsys.preference import (
@@ -30,7 +30,6 @@ from rlsys.preference import (
 from rlsys.types import Problem, Rollout, TrainBatch
 
 PairLoss = Callable[[PreferenceInputs], PreferenceOutputs]
-Segments = tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlsys.chat import Chat, ToolCall
 from rlsys.config import SamplingConfig
+from rlsys.demonstrations import Segments
 from rlsys.errors import ToolError, failures_of_tool
 from rlsys.interfaces import Engine, Session, ToolResult
 from rlsys.reward_terms import RewardTerm, grade_rollout
@@ -37,10 +38,18 @@ class _Track:
         self._pad()
 
     def _pad(self) -> None:
-        missing = len(self.tokens) - len(self.mask)
-        self.mask += [False] * missing
-        self.logprobs += [0.0] * missing
-        self.versions += [-1] * missing
+        length = len(self.tokens)
+        self.mask += [False] * (length - len(self.mask))
+        self.logprobs += [0.0] * (length - len(self.logprobs))
+        self.versions += [-1] * (length - len(self.versions))
+
+    def append_prefix(self, tokens: Sequence[int], *, trained: bool) -> None:
+        """The beginning of the turn, written by no engine of this run: the policy's own words where `trained`."""
+        self.tokens += tokens
+        if trained:
+            self.own_tokens += tokens
+            self.mask += [True] * len(tokens)
+        self._pad()
 
     def append_read(self, tokens: Sequence[int]) -> None:
         """Tokens that the policy reads: not trained."""
@@ -67,8 +76,12 @@ async def run_rollout(
     max_model_tokens: int,
     rollout_id: str,
     policy_step: int = 0,
+    prefix: Segments = (),
 ) -> Rollout | None:
     """One graded attempt at the problem; None where the prompt leaves no room in the context.
+
+    `prefix` is a beginning of the turn, behind which the policy goes on: its trained segments count as the policy's
+    words, for the reward as well, with log-prob 0 and version -1 (so not for RL); all of it counts in the budget.
 
     Terms that grade groups are left to `grade_group`. The weights of terms are those of `policy_step`.
 
@@ -82,10 +95,14 @@ async def run_rollout(
     if budget < _MIN_ROOM:
         return None
     track = _Track(prompt)
+    turn = ""
+    for text, trained in prefix:
+        track.append_prefix(chat.encode(text), trained=trained)
+        turn = turn + text if trained else ""
     counts = {"tool_calls": 0.0, "tool_errors": 0.0, "tool_seconds": 0.0}
     started = time.perf_counter()
     async with _Sessions(chat, rollout_id) as sessions:
-        finish = await _converse(track, len(prompt) + budget, engine, chat, sampling, sessions, counts)
+        finish = await _converse(track, len(prompt) + budget, engine, chat, sampling, sessions, counts, turn)
     counts["rollout_seconds"] = time.perf_counter() - started
     rollout = Rollout(
         tokens=np.array(track.tokens, dtype=np.int32),
@@ -108,10 +125,12 @@ async def _converse(
     sampling: SamplingConfig,
     sessions: _Sessions,
     counts: dict[str, float],
+    turn: str,
 ) -> FinishReason:
     """Generate and call tools until the policy ends its turn without a call, or a budget is spent."""
-    turn = ""
     while True:
+        if len(track.tokens) >= limit:
+            return "length"
         options = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

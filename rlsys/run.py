@@ -24,7 +24,10 @@ from rlsys.report import plot_curves
 from rlsys.reward_terms import check_reward
 from rlsys.scratch import build_scratch_model
 from rlsys.selection import resolve_selections
-from rlsys.stages import STAGES, Interrupted, Run
+from rlsys.stages import Interrupted, Run, stage_of
+
+_TRAINING = {"sft", "preference", "reward_model", "rl"}
+"""The stages that have learners, and a section with an optimizer."""
 
 
 def train(
@@ -72,6 +75,7 @@ def check(config: Config) -> None:
     ):
         if made is not None:
             check_options(resolve(made.use, place=f"{place}.use"), made.options, place=place, given=1)
+    _check_samples(config)
     resolve(config.preference.loss, place="preference.loss")
     for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
         resolve(reference, place=place)
@@ -82,10 +86,26 @@ def check(config: Config) -> None:
         load_tokenizer(config.model.path)
 
 
+def _check_samples(config: Config) -> None:
+    for name, stage in config.samples.items():
+        place = f"samples.{name}"
+        check_options(
+            resolve(stage.sampler.use, place=f"{place}.sampler.use"), stage.sampler.options, place=f"{place}.sampler"
+        )
+        if stage.problems is not None:
+            source = resolve(stage.problems.use, place=f"{place}.problems.use")
+            check_options(source, stage.problems.options, place=f"{place}.problems")
+        for index, plug_in in enumerate(stage.filters):
+            where = f"{place}.filters.{index}"
+            check_options(resolve(plug_in.use, place=f"{where}.use"), plug_in.options, place=where, given=1)
+
+
 def _check_learner(config: Config) -> None:
     """Options of the learner class and the optimizers of the run's stages, where the class can judge them."""
     learner_class = resolve(config.learners.use, place="learners.use")
-    optimizers = {f"{stage}.optimizer": getattr(config, stage).optimizer for stage in config.stages if stage != "eval"}
+    optimizers = {
+        f"{stage}.optimizer": getattr(config, stage).optimizer for stage in config.stages if stage in _TRAINING
+    }
     if "rl" in config.stages and config.rl.critic is not None:
         optimizers["rl.critic.optimizer"] = config.rl.critic.optimizer
     if hasattr(learner_class, "check_config"):
@@ -113,7 +133,7 @@ async def _train(config: Config, directory: RunDirectory, console: Console, *, r
                     console.say(f"{stage}: finished before, not run again")
                     model = finished
                     continue
-                model = await _unless_stopped(STAGES[stage](run, model), stop)
+                model = await _unless_stopped(stage_of(config, stage)(run, model), stop)
                 directory.finish(stage, model)
                 link_model(directory.folder, model)
     finally:
@@ -166,9 +186,9 @@ def _stopped_by_signals(stop: asyncio.Event, console: Console) -> Iterator[None]
 def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
     """What the stages need at one time."""
     demands = []
-    if {"rl", "eval"} & set(stages):
+    if set(stages) - {"sft", "preference", "reward_model"}:
         demands += [rollout_demand(config), *pool_demands(config)]
-    if set(stages) - {"eval"}:
+    if _TRAINING & set(stages):
         demands.append(learner_demand(config))
     if "rl" in stages and config.rl.critic is not None:
         demands.append(learner_demand(with_critic_ranks(config), what="critic rank"))

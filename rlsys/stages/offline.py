@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlsys.chat import Chat
 from rlsys.checkpoint import CheckpointStore, CheckpointWriter
@@ -105,16 +106,25 @@ def _meant(metrics: Mapping[str, float], network: NetworkKind) -> dict[str, floa
 
 
 def to_rollout(demonstration: Demonstration, chat: Chat) -> Rollout:
-    """A demonstration on the token axis of a rollout, each segment tokenized by itself as a rollout would be."""
+    """A demonstration on the token axis of a rollout: as it was recorded under the same chat, else each segment
+    tokenized by itself as a rollout would be."""
+    recorded = demonstration.recorded
+    if recorded is not None and recorded.template == chat.fingerprint:
+        return _untaught(recorded.tokens, recorded.loss_mask)
     tokens = chat.render(demonstration.problem)
     mask = [False] * len(tokens)
     for text, trained in [*demonstration.segments, (chat.tokenizer.eos_token, True)]:
         ids = chat.encode(text)
         tokens += ids
         mask += [trained] * len(ids)
+    return _untaught(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.bool_))
+
+
+def _untaught(tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> Rollout:
+    """A rollout that no engine of this run wrote."""
     return Rollout(
-        tokens=np.array(tokens, dtype=np.int32),
-        loss_mask=np.array(mask, dtype=np.bool_),
+        tokens=tokens,
+        loss_mask=mask,
         logprobs=np.zeros(len(tokens), dtype=np.float32),
         versions=np.full(len(tokens), -1, dtype=np.int32),
     )
