@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from torch.distributed.tensor import DTensor
 
 from rlsys.checkpoint import check_same_model
 from rlsys.config import LearnersConfig, OptimizerConfig
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.learners import health, tensor_parallel
 from rlsys.learners.learner import Learner
 from rlsys.learners.model import PackedNetwork
 from rlsys.learners.optimizers import optimizers
@@ -44,19 +46,58 @@ _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.Unp
 """What torch raises where files are missing, cut or full of something else."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FsdpOptions:
+    """`learners.options`."""
+
+    cpu_offload: bool = False
+    """Weights, gradients and optimizer states live in the host's memory between the layers' turns."""
+    tensor_parallel: int = 1
+    """Ranks that compute the same tokens together, each with its part of every layer."""
+
+
 class FsdpLearner(Learner):
-    """One rank: parameters, gradients and optimizer states are sharded, and gathered layer by layer."""
+    """One rank: parameters, gradients and optimizer states are sharded, and gathered layer by layer.
+
+    With tensor parallelism the ranks are a table, `tensor_parallel` of them in a row. A row has its own share of the
+    batch. The layers are cut over the ranks of a row, and what a rank has of them is sharded, and gathered, over its
+    column; embedding, last norm and head are sharded over all ranks.
+    """
 
     _reference: PackedNetwork | None
     _writing: Future[Any] | None = None
 
     @classmethod
     def check_config(cls, config: LearnersConfig, optimizers: Mapping[str, OptimizerConfig]) -> None:  # noqa: ARG003
-        """Refuse options that do not exist. Every optimizer works."""
-        check_options(_offload_policy, config.options, place="learners")
+        """Refuse options that do not exist, and ranks that are no whole rows. Every optimizer works."""
+        check_options(FsdpOptions, config.options, place="learners")
+        size = FsdpOptions(**config.options).tensor_parallel
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"learners.options.tensor_parallel is {size!r}; give a number of ranks, 1 for none")
+        if size > 1 and config.liger:
+            raise ConfigError(
+                f"learners.liger=true and learners.options.tensor_parallel={size}: its norms cannot compute on what is "
+                "cut over ranks; leave one out"
+            )
+        if config.count % size:
+            raise ConfigError(
+                f"learners.options.tensor_parallel is {size}, which does not divide the {config.count} ranks; set "
+                f"learners.count (of a critic rl.critic.count) to {config.count + -config.count % size}, or another "
+                "tensor_parallel"
+            )
+
+    @classmethod
+    def ranks_per_share(cls, config: LearnersConfig) -> int:
+        """Those of tensor parallelism."""
+        return FsdpOptions(**config.options).tensor_parallel
 
     def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
-        self._mesh = init_device_mesh(self._device.type, (self._world_size,))
+        self._mesh = self._column = init_device_mesh(self._device.type, (self._world_size,))
+        if self._ranks_per_share > 1:
+            tensor_parallel.check_fits(policy, self._ranks_per_share, model=self._model_path)
+            shape = (self._world_size // self._ranks_per_share, self._ranks_per_share)
+            table = init_device_mesh(self._device.type, shape, mesh_dim_names=("column", "row"))
+            self._column, self._row = table["column"], table["row"]
         # A thread that writes a checkpoint must not get between the collectives of the training.
         self._saving_group = dist.new_group(backend="gloo")
         self._policy = self._sharded(policy)
@@ -67,14 +108,15 @@ class FsdpLearner(Learner):
 
     def _sharded(self, policy: PackedNetwork) -> PackedNetwork:
         policy.to(self._device)
+        if self._ranks_per_share > 1:
+            tensor_parallel.cut_layers(policy, self._row)
         settings: dict[str, Any] = {
-            "mesh": self._mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32),
-            "offload_policy": _offload_policy(**self._config.options),
+            "offload_policy": _offload_policy(FsdpOptions(**self._config.options)),
         }
         for layer in policy.layers:
-            fully_shard(layer, **settings)
-        fully_shard(policy, **settings)
+            fully_shard(layer, mesh=self._column, **settings)
+        fully_shard(policy, mesh=self._mesh, **settings)
         return policy
 
     def infer(
@@ -92,19 +134,32 @@ class FsdpLearner(Learner):
         loss.backward()
 
     def _apply(self, lr: float) -> float:
-        parameters = list(self._policy.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
-        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(norm_value):
+        gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
+        (norm,) = health.total_norms(self._once(gradients), device=self._device)
+        if math.isfinite(norm):
+            factor = self._optimizer_config.max_grad_norm / (norm + 1e-6)
+            if factor < 1:
+                torch._foreach_mul_(list(map(_local, gradients)), factor)
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
         self._policy.zero_grad(set_to_none=True)
-        return norm_value
+        return norm
 
     def _masters(self) -> list[Tensor]:
-        return [_local(weight.detach()) for weight in self._policy.parameters() if weight.requires_grad]
+        return self._once([weight.detach() for weight in self._policy.parameters() if weight.requires_grad])
+
+    def _once(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The shards of these on this rank, without those that the first rank of its row has as well."""
+        first = self._rank % self._ranks_per_share == 0
+        return [_local(tensor) for tensor in tensors if first or self._is_cut(tensor)]
+
+    def _is_cut(self, tensor: Tensor) -> bool:
+        """Whether no two ranks have the same of it: a norm in a layer is whole in every column."""
+        if not isinstance(tensor, DTensor):
+            return False
+        return tensor.device_mesh.size() == self._world_size and not any(p.is_replicate() for p in tensor.placements)
 
     def _move_reference(self) -> None:
         assert self._reference is not None
@@ -184,9 +239,8 @@ class FsdpLearner(Learner):
         return state
 
 
-def _offload_policy(cpu_offload: bool = False) -> OffloadPolicy:
-    """`learners.options`: where weights, gradients and optimizer states live between the layers' turns."""
-    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+def _offload_policy(options: FsdpOptions) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if options.cpu_offload else OffloadPolicy()
 
 
 def _local(tensor: Tensor) -> Tensor:

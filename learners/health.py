@@ -45,11 +45,17 @@ def norms(now: Sequence[Tensor], before: Sequence[Tensor], device: torch.device)
     """Norms of the weights and of what they moved, over the shards of all ranks; `before` is used up."""
     for old, new in zip(before, now, strict=True):
         old.sub_(new)
-    mine = [torch.nn.utils.get_total_norm(list(shards)).to(device, torch.float64) ** 2 for shards in (now, before)]
+    parameter_norm, update_norm = total_norms(now, before, device=device)
+    return {"parameter_norm": parameter_norm, "update_norm": update_norm}
+
+
+def total_norms(*tensors: Sequence[Tensor], device: torch.device) -> list[float]:
+    """The norm of each of these lists of shards over all ranks, where every element is on one of them only."""
+    mine = [torch.nn.utils.get_total_norm(list(shards)).to(device, torch.float64) ** 2 for shards in tensors]
     squares = torch.stack(mine)
     dist.all_reduce(squares)
-    parameter_norm, update_norm = squares.sqrt().tolist()
-    return {"parameter_norm": parameter_norm, "update_norm": update_norm}
+    found: list[float] = squares.sqrt().tolist()
+    return found
 
 
 # --- memory and speed ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.learners import health, lora
 from rlsys.learners.host import keep_freed_memory, own_address
+from rlsys.learners.kernels import use_kernels
 from rlsys.learners.model import PackedNetwork, Policy, Scorer, to_tensors
 from rlsys.learners.optimizers import learning_rate
 from rlsys.learners.sender import WeightSender, open_sender
@@ -43,6 +44,7 @@ class Learner(ABC):
         self._config = config
         self._rank = rank
         self._world_size = world_size
+        self._ranks_per_share = self.ranks_per_share(config)
         self._device = torch.device("cuda", 0) if config.gpus else torch.device("cpu")
         self._dtype = DTYPES[config.dtype]
         self._step = 0
@@ -63,6 +65,11 @@ class Learner(ABC):
             ConfigError: names the place and the fix.
         """
 
+    @classmethod
+    def ranks_per_share(cls, config: LearnersConfig) -> int:  # noqa: ARG003
+        """How many ranks, one behind the other, compute together and so get the same share of a batch."""
+        return 1
+
     @abstractmethod
     def _open(self, policy: PackedNetwork, optimizer: OptimizerConfig) -> None:
         """Shard the policy over the ranks, which have met, give it an optimizer and keep it as `_policy`."""
@@ -77,7 +84,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
-        """Add the gradient of this micro-batch. The step's gradient is the *mean* of what the ranks added."""
+        """Add the gradient of this micro-batch. The step's gradient is the *mean* over the shares."""
 
     @abstractmethod
     def _apply(self, lr: float) -> float:
@@ -209,9 +216,11 @@ class Learner(ABC):
             yield lora.published(name.removeprefix("hf.")), weight.to(self._dtype).contiguous()
 
     def _load_policy(self) -> PackedNetwork:
-        return self._network_class.load(
+        network = self._network_class.load(
             self._model_path, activation_checkpointing=self._config.activation_checkpointing, adapters=self._config.lora
         )
+        use_kernels(network.hf, self._config)
+        return network
 
     def step(
         self,
@@ -227,6 +236,7 @@ class Learner(ABC):
         `reference=False` spares the frozen policy's forward pass where the loss has no use for it.
 
         Returns sums over this rank's tokens under `sum/...`, maxima under `max/...`, and numbers that all ranks share.
+        Of ranks that have one share together only the first says what is the sum over it.
         A step whose gradient is not finite is skipped on all ranks alike. One whose gradient is zero, as where no
         advantage is, is a step: momentum and weight decay still move the weights.
 
@@ -240,12 +250,14 @@ class Learner(ABC):
         for index, micro in enumerate(micro_batches):
             self._announce(last=index == len(micro_batches) - 1)
             loss, sums, gap = self._loss_of(micro, temperature, loss_options, with_reference=reference)
-            self._backward(loss * (self._world_size / num_tokens))
+            self._backward(loss * (self._world_size / self._ranks_per_share / num_tokens))
             totals["sum/tokens"] += len(micro.tokens)
             totals["sum/trained_tokens"] += len(micro.targets)
             totals["max/logprob_gap"] = max(totals.get("max/logprob_gap", 0.0), gap)
             for name, value in {"loss": loss.detach(), **sums}.items():
                 totals[f"sum/{name}"] = totals.get(f"sum/{name}", 0.0) + float(value)
+        if self._rank % self._ranks_per_share:
+            totals = {name: value for name, value in totals.items() if not name.startswith("sum/")}
         totals.update(self._update())
         totals.update(self._costs(micro_batches))
         totals["seconds"] = time.perf_counter() - started
@@ -259,7 +271,7 @@ class Learner(ABC):
         """What a step took of this rank."""
         costs = {"max/memory_gib": health.peak_memory_gib(self._device)}
         if self._size is not None:
-            costs["sum/flops"] = sum(map(self._size.flops, micro_batches))
+            costs["sum/flops"] = sum(map(self._size.flops, micro_batches)) / self._ranks_per_share
             peak = health.peak_flops(self._device, self._dtype)
             costs.update({"sum/peak_flops": peak} if peak else {})
         return costs

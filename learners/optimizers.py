@@ -14,11 +14,12 @@ from rlsys.learners.model import PackedNetwork
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Learning rate of the step with this index (0-based): linear warm-up, then constant or cosine to a tenth."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup = config.warmup_of(total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = (step - warmup) / max(1, total_steps - warmup)
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 

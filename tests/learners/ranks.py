@@ -264,7 +264,7 @@ def plain(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     return metrics, {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-# --- two processes, once ---------------------------------------------------------------------------------------------
+# --- several processes, once -----------------------------------------------------------------------------------------
 
 
 def free_ports(count: int) -> list[int]:
@@ -279,6 +279,14 @@ def free_ports(count: int) -> list[int]:
 
 def in_two_processes(file: str, folder: Path, *arguments: str, meanwhile: Callable[[], Json]) -> Json:
     """What two processes that run this file as a program found, as `first` and `second`, and what this one did."""
+    found, (first, second) = in_processes(file, folder, *arguments, count=2, meanwhile=meanwhile)
+    return {**found, "first": first, "second": second}
+
+
+def in_processes(
+    file: str, folder: Path, *arguments: str, count: int, meanwhile: Callable[[], Json]
+) -> tuple[Json, list[Json]]:
+    """What this process found, and what each of so many did that run this file as a program."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
@@ -288,7 +296,7 @@ def in_two_processes(file: str, folder: Path, *arguments: str, meanwhile: Callab
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         found = meanwhile()
@@ -298,8 +306,7 @@ def in_two_processes(file: str, folder: Path, *arguments: str, meanwhile: Callab
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
-    first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
-    return {**found, "first": first, "second": second}
+    return found, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 def assert_close(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
