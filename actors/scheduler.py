@@ -109,7 +109,35 @@ class _Async(_ReportOnce, AsyncScheduler):
     pass
 
 
+def spare_seeds(runner_class: Any) -> None:
+    """Let a CPU engine live through a seeded request whose prompt is read in several steps.
+
+    A token is sampled in each of them and thrown away. vLLM then turns the request's generator back by an offset, which
+    generators on CPUs do not have, and the engine dies. So in such a step the generator is not given to be used.
+    """
+    original = runner_class.sample_tokens
+    if getattr(original, "spares_seeds", False):
+        return
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        thrown_away = np.nonzero(self.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        aside = {index: batch.generators.pop(index) for index in thrown_away if index in batch.generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            batch.generators.update(aside)
+
+    sample_tokens.spares_seeds = True  # type: ignore[attr-defined]
+    runner_class.sample_tokens = sample_tokens
+
+
 def report_once_scheduler(*, vllm_config: Any, **options: Any) -> Scheduler:
     """The scheduler to use where vLLM would use its own plain or asynchronous one."""
+    if vllm_config.device_config.device_type == "cpu":
+        # The runner is in this process: a CPU engine has one worker.
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        spare_seeds(CPUModelRunner)
     chosen = _Async if vllm_config.scheduler_config.async_scheduling else _Plain
     return chosen(vllm_config=vllm_config, **options)

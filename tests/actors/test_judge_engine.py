@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlsys.rewards.judge import ChatEngine, JudgeReward, PairwiseJudge
+from rlsys.rewards.untrusted import Fence
 from rlsys.scratch import WORDS, ScratchModel, build_scratch_model
 from rlsys.types import Completion, Problem, Rollout, RolloutGroup
 
@@ -40,9 +43,14 @@ class Judging:
         self.runner.run(self.chat.start())
         self.engine = self.chat._engine
         self.asked: list[tuple[list[int], Mapping[str, Any], Completion]] = []
+        self.counts: Counter[tuple[int, ...]] = Counter()
         self.peer = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
 
     async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
+        # A seed for each request: what is sampled must not depend on which requests happen to share a batch.
+        self.counts[tuple(prompt)] += 1
+        number = self.counts[tuple(prompt)]
+        sampling = {"seed": zlib.crc32(np.array([*prompt, number], np.int32).tobytes()), **sampling}
         completion: Completion = await self.engine.generate(prompt, sampling=sampling)
         self.asked.append((list(prompt), sampling, completion))
         return completion
@@ -68,7 +76,10 @@ def judging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judging]:
 def asked(judging: Judging, monkeypatch: pytest.MonkeyPatch) -> Judging:
     """With nothing asked so far, and every new engine being the one that runs."""
     judging.asked.clear()
+    judging.counts.clear()
     monkeypatch.setattr("rlsys.actors.engine.VllmEngine", lambda **_: judging)
+    # A secret of its own for each process would make another prompt, and other numbers, of every run of the tests.
+    monkeypatch.setattr("rlsys.rewards.judge.Fence", lambda: Fence(b"always the same"))
     return judging
 
 
@@ -96,6 +107,18 @@ def test_only_allowed_tokens_are_written_with_logprobs_over_them(judging: Judgin
     picked = [allowed.index(token) for token in first.tokens.tolist()]
     assert first.logprobs == pytest.approx(expected[np.arange(24), picked], abs=1e-4)
     assert set(first.versions.tolist()) == {0}
+
+
+def test_seeded_requests_that_are_read_in_pieces_repeat_what_they_sampled(judging: Judging) -> None:
+    prompts = [judging.chat.render([{"role": "user", "content": f"{number}? " * 400}]) for number in range(8)]
+
+    async def together() -> list[list[int]]:
+        sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "stop": [], "seed": 1}
+        done = await asyncio.gather(*(judging.engine.generate(prompt, sampling=sampling) for prompt in prompts))
+        return [completion.tokens.tolist() for completion in done]
+
+    assert sum(map(len, prompts)) > 2 * 4096, "more than one step reads"
+    assert judging.runner.run(together()) == judging.runner.run(together())
 
 
 def test_the_verdict_is_what_transformers_says_it_is(asked: Judging) -> None:
