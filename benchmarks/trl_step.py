@@ -2,15 +2,17 @@
 
     python -m benchmarks.trl_step          # after `python benchmarks/setup_trl.py`
 
-4 groups of 8 rollouts with lognormal lengths, prompts of 128 or 512 tokens, an untrained Qwen2-shaped model of 6 layers
-with 8,000 tokens; float32, one thread each, one process each. A step is forward, loss and backward: generation and the
-optimizer are left out on both sides. The loss is TRL's `dapo` without KL, which is our clipped loss by token: the mean
-over all completion tokens, clipped at 0.2.
+4 groups of 8 rollouts, an untrained Qwen2-shaped model of 6 layers with 8,000 tokens, and two kinds of batches: made by
+program, with lognormal lengths and prompts of 128 or 512 tokens, and `captured`, one that TRL's trainer has generated,
+graded and padded by itself (its prompts have 128 tokens or a few less, its lengths are geometric); float32, one thread
+each, one process each. A step is forward, loss and backward: generation and the optimizer are left out on both sides.
+The loss is TRL's `dapo` without KL, which is our clipped loss by token: the mean over all completion tokens, clipped at
+0.2.
 
 Ours: `shard`, then micro-batches of at most 2,048 tokens through the policy and its loss, the packing counted. TRL:
-`GRPOTrainer.training_step` on the batch as TRL pads it (prompts have one length, so only completions are padded; the
-padding itself is not counted), at the size of micro-batch that is fastest for it. Both let the C library keep freed
-memory, which our learner asks for and TRL alone does not, so TRL is a little faster here than by itself.
+`GRPOTrainer.training_step` on the batch as TRL pads it (the padding itself is not counted), at the size of micro-batch
+that is fastest for it. Both let the C library keep freed memory, which our learner asks for and TRL alone does not, so
+TRL is a little faster here than by itself.
 
 Three rows. `raw` is TRL as it runs on a CPU: its head takes a slow path there and also scores prompt and padding, so
 this row says little about a GPU. `common head` is TRL's step with the head replaced by ours on the trained tokens only,
@@ -30,6 +32,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
@@ -44,10 +47,11 @@ from benchmarks.common import Sample, must, say
 from benchmarks.learner import MAX_TOKENS, batch, ours
 from benchmarks.setup_trl import FOLDER
 from rlsys.learners.host import keep_freed_memory
-from rlsys.learners.model import Policy
-from rlsys.packing import shard
+from rlsys.learners.model import Policy, to_tensors
+from rlsys.packing import shard, unpack
 from rlsys.scratch import byte_tokenizer
-from rlsys.types import TrainBatch
+from rlsys.stages.common import assemble
+from rlsys.types import Rollout, TrainBatch
 
 PROMPTS = (128, 512)
 VOCABULARY = 8_000
@@ -75,6 +79,39 @@ def padded(data: TrainBatch, prompt_tokens: int) -> dict[str, np.ndarray[Any, An
     }
 
 
+def captured(file: Path, policy: Policy) -> TrainBatch:
+    """TRL's own batch on our token axis, with the policy's log-probs as the recorded ones: TRL takes them so too."""
+    arrays = np.load(file)
+    rollouts = []
+    for row in range(len(arrays["advantages"])):
+        prompt, completion = (
+            arrays[f"{part}_ids"][row][arrays[f"{part}_mask"][row].astype(bool)] for part in ("prompt", "completion")
+        )
+        length = len(prompt) + len(completion)
+        rollouts.append(
+            Rollout(
+                tokens=np.concatenate([prompt, completion]).astype(np.int32),
+                loss_mask=np.arange(length) >= len(prompt),
+                logprobs=np.zeros(length, np.float32),
+                versions=np.zeros(length, np.int32),
+            )
+        )
+    data = assemble(rollouts, arrays["advantages"].tolist())
+    micro_batches = shard(data, num_ranks=1, max_tokens=MAX_TOKENS)[0]
+    with torch.no_grad():
+        found = [policy(*to_tensors(micro, torch.device("cpu")), 1.0)[0].numpy() for micro in micro_batches]
+    recorded = unpack(data, micro_batches, found)
+    return replace(
+        data, rollouts=tuple(replace(r, logprobs=values) for r, values in zip(rollouts, recorded, strict=True))
+    )
+
+
+def prompts_of(num_tokens: int) -> list[str]:
+    """Four texts of at most so many tokens, which are bytes here, and not all of one length."""
+    lines = [f"{number} times {number + 3}, and then {number * 7} more; " for number in range(11, 15)]
+    return [(line * 20)[: num_tokens - 5 * index] for index, line in enumerate(lines)]
+
+
 def make_model(folder: Path) -> Path:
     """The model and a tokenizer, which a trainer wants and which nothing here uses."""
     config = Qwen2Config(
@@ -94,7 +131,7 @@ def make_model(folder: Path) -> Path:
 
 
 class Peer:
-    """The process of `trl_step_peer.py`."""
+    """A process in TRL's environment, such as that of `trl_step_peer.py`."""
 
     def __init__(self, process: Popen[str], log: Path) -> None:
         self._process, self._log = process, log
@@ -117,14 +154,14 @@ class Peer:
 
 
 @contextmanager
-def peer_process(log: Path) -> Iterator[Peer]:
+def peer_process(log: Path, module: str = "benchmarks.trl_step_peer") -> Iterator[Peer]:
     """A peer that waits for its job; it ends with the block."""
     python = FOLDER / "bin" / "python"
     if not python.exists():
         raise SystemExit("no benchmarks/.venv-trl; make it with `python benchmarks/setup_trl.py`")
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment = {**os.environ, **quiet}
-    command = [str(python), "-m", "benchmarks.trl_step_peer"]
+    command = [str(python), "-m", module]
     root = Path(__file__).parent.parent
     with (
         log.open("w") as errors,
@@ -179,15 +216,20 @@ def fastest(peer: Peer, micro_batches: list[int]) -> dict[str, int]:
     return best
 
 
-async def case(prompt_tokens: int, folder: Path, options: Any) -> dict[str, Any]:
-    """One length of prompt: check, tune the peer, race."""
-    name = f"prompt {prompt_tokens}"
-    data = batch(prompt_tokens, VOCABULARY, own_prompts=False)
+async def case(prompt_tokens: int, folder: Path, options: Any, *, own: bool) -> dict[str, Any]:
+    """One batch, made by program or TRL's own: check, tune the peer, race."""
+    name = "captured" if own else f"prompt {prompt_tokens}"
     policy = Policy.load(str(make_model(folder / "model"))).train()
-    np.savez(folder / "batch.npz", **padded(data, prompt_tokens))
+    file = folder / "batch.npz"
+    if not own:
+        data = batch(prompt_tokens, VOCABULARY, own_prompts=False)
+        np.savez(file, **padded(data, prompt_tokens))
     with peer_process(folder / "trl.log") as peer:
-        job = {"model": str(folder / "model"), "folder": str(folder / "trl"), "batch": str(folder / "batch.npz")}
-        ready = peer.ask(**job, rollouts=len(data.rollouts), group_size=GROUP_SIZE)
+        job = {"model": str(folder / "model"), "folder": str(folder / "trl"), "batch": str(file)}
+        job |= {"rollouts": 4 * GROUP_SIZE, "group_size": GROUP_SIZE}
+        ready = peer.ask(**job, prompts=prompts_of(prompt_tokens) if own else [])
+        if own:
+            data = captured(file, policy)
         checked = check(policy, data, peer, folder / "gradients.npz", options.micro_batches)
         say(f"{name}: loss {checked['loss']:.6f} on both sides, gradients agree")
         best = fastest(peer, options.micro_batches)
@@ -225,7 +267,9 @@ async def case(prompt_tokens: int, folder: Path, options: Any) -> dict[str, Any]
 def _positions(data: TrainBatch) -> Mapping[str, int]:
     """What each side computes: why they differ."""
     packed = shard(data, num_ranks=1, max_tokens=MAX_TOKENS)[0]
-    padded_tokens = len(data.rollouts) * max(map(len, data.rollouts))
+    prompts = [len(rollout) - rollout.num_trained_tokens for rollout in data.rollouts]
+    completions = [rollout.num_trained_tokens for rollout in data.rollouts]
+    padded_tokens = len(data.rollouts) * (max(prompts) + max(completions))
     return {"ours": sum(len(micro.tokens) for micro in packed), "padded": padded_tokens, "trained": data.num_tokens}
 
 
@@ -236,14 +280,18 @@ async def main() -> None:
     parser.add_argument(
         "--micro-batches", type=int, nargs="*", default=[32, 16, 8, 4], help="sizes that TRL is tried at"
     )
+    parser.add_argument("--no-captured", action="store_true", help="only batches made by program")
     options = parser.parse_args()
     common.set_threads()
     torch.set_num_threads(1)
     keep_freed_memory()
     results = {}
-    for prompt_tokens in options.prompts:
+    cases = {f"prompt {count}": (count, False) for count in options.prompts}
+    if not options.no_captured:
+        cases["captured"] = (PROMPTS[0], True)
+    for name, (prompt_tokens, own) in cases.items():
         with TemporaryDirectory() as folder:
-            results[f"prompt {prompt_tokens}"] = await case(prompt_tokens, Path(folder), options)
+            results[name] = await case(prompt_tokens, Path(folder), options, own=own)
     common.write("trl_step", options, {"cases": results})
 
 

@@ -1,10 +1,10 @@
 """TRL's training step as the other side of `trl_step.py`; runs in benchmarks/.venv-trl.
 
 A GRPOTrainer is made and its `training_step` is called as its loop does (forward, loss, metrics, backward) on a batch
-that is given instead of generated. What is replaced is `_prepare_inputs`, which would generate, and, where another head
-than TRL's is asked for, `_get_per_token_logps_and_entropies`: then the head is that of rlsys, which is a function of
-logits and imports nothing but torch. Freed memory is kept as our learner keeps it. One line of JSON on standard input
-is one step, one line of JSON answers.
+that is given, or that it has generated, graded and padded once before. What is replaced is `_prepare_inputs`, which
+would generate, and, where another head than TRL's is asked for, `_get_per_token_logps_and_entropies`: then the head is
+that of rlsys, which is a function of logits and imports nothing but torch. Freed memory is kept as our learner keeps
+it. One line of JSON on standard input is one step, one line of JSON answers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.common import versions
 from rlsys.learners.head import num_chunks, token_logprobs
 from rlsys.learners.host import keep_freed_memory
+
+END_BIAS = 3.7
+"""Added to the logit of the end of turn: about 200 tokens a completion with a vocabulary of 8,000."""
 
 _OUT = sys.stdout
 sys.stdout = sys.stderr  # whatever a library prints must not mix with the answers
@@ -79,6 +82,7 @@ def _scored(head: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def trainer_for(job: dict[str, Any]) -> GivenBatchTrainer:
     """A trainer of the clipped loss without KL, averaged over the tokens of the batch."""
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
     arguments = GRPOConfig(
         output_dir=job["folder"],
         use_cpu=True,
@@ -95,14 +99,26 @@ def trainer_for(job: dict[str, Any]) -> GivenBatchTrainer:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        max_completion_length=1024,
+        # An untrained model would hardly ever end its turn; what is left is a geometric distribution of lengths.
+        generation_kwargs={"sequence_bias": [[[tokenizer.eos_token_id], END_BIAS]]},
     )
     return GivenBatchTrainer(
         model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "none"}] * job["rollouts"]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        processing_class=tokenizer,
     )
+
+
+def capture(trainer: GivenBatchTrainer, prompts: list[str], group_size: int) -> dict[str, Tensor]:
+    """A batch as the trainer generates, grades and pads it by itself."""
+    torch.manual_seed(0)
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(group_size)]
+    found = trainer._generate_and_score_completions(rows)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+    return {name: found[name].detach() for name in names}
 
 
 def step(trainer: GivenBatchTrainer, batch: dict[str, Tensor], micro_batch: int) -> dict[str, float]:
@@ -124,7 +140,11 @@ def main() -> None:
     keep_freed_memory()
     job = json.loads(sys.stdin.readline())
     trainer = trainer_for(job)
-    batch = {key: torch.from_numpy(value) for key, value in np.load(job["batch"]).items()}
+    if job["prompts"]:
+        batch = capture(trainer, job["prompts"], job["group_size"])
+        np.savez(job["batch"], **{name: value.numpy() for name, value in batch.items()})
+    else:
+        batch = {key: torch.from_numpy(value) for key, value in np.load(job["batch"]).items()}
     batch["num_items_in_batch"] = batch["completion_mask"].sum()
     answer({"ready": True, "versions": versions(), "threads": torch.get_num_threads()})
     for line in sys.stdin:
