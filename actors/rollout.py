@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from rlsys.chat import Chat
@@ -120,6 +121,11 @@ class RolloutActor:
                 rollouts.append(attempt)
         group = RolloutGroup(problem=problem, rollouts=tuple(rollouts), dropped=dict(dropped))
         return await grade_group(group, self._rewards, step=version)
+
+    async def compare(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with what the terms that compare siblings, and these alone, give each as a reward."""
+        bare = (replace(rollout, reward=0.0, reward_terms={}) for rollout in group.rollouts)
+        return await grade_group(replace(group, rollouts=tuple(bare)), self._rewards, step=self._version)
 
     async def pause(self) -> None:
         """Freeze generation for a weight update."""

@@ -21,7 +21,8 @@ from rlsys.arguments import ArgumentChecker
 from rlsys.config import ChatConfig
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Tool, ToolResult
-from rlsys.types import Problem
+from rlsys.thoughts import Thoughts
+from rlsys.types import Problem, Rollout
 
 _FENCE_CLOSE = "\n```\n"
 _FENCED_CODE = re.compile(r"```python\n(?P<code>(?:(?!```).)*)\n```\n?\Z", re.DOTALL)
@@ -67,12 +68,14 @@ class Chat:
         *,
         tool_format: str = "fenced",
         template_options: Mapping[str, Any] | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add one to tokenizer_config.json"
             )
         self.tokenizer = tokenizer
+        self.thoughts = thoughts
         self.tools = {tool.name: tool for tool in tools}
         if len(self.tools) < len(tools):
             raise ConfigError(f"tools: the names {[tool.name for tool in tools]} must differ")
@@ -97,14 +100,18 @@ class Chat:
             tools,
             tool_format=config.tool_format,
             template_options=config.template_options,
+            thoughts=None if config.thought is None else Thoughts(config.thought),
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Same for two chats where the same text becomes the same tokens: of tokenizer, template and its options."""
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        parts = json.dumps([tokenizer, self.tokenizer.chat_template, self._template_options], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        """Same for two chats where the same text becomes the same tokens: of tokenizer, template, its options, tools
+        and the thought prompt."""
+        parts: list[Any] = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+        parts += [self._template_options, self._schemas]
+        if self.thoughts is not None:
+            parts.append(self.thoughts.prompt)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:16]
 
     @property
     def stop_strings(self) -> list[str]:
@@ -112,9 +119,19 @@ class Chat:
         return [_FENCE_CLOSE] if self._fenced and self.tools else []
 
     def render(self, problem: Problem) -> list[int]:
-        """The prompt as token ids, up to where the assistant begins."""
+        """The prompt as token ids, up to where the assistant begins; where thoughts are hidden, it asks for them.
+
+        Raises:
+            DataError: there is no message that the thought prompt could go to.
+        """
+        if self.thoughts is not None:
+            return self.encode(self._render(self.thoughts.instruct(problem)))
         text = self._render([dict(message) for message in problem.prompt])
         return self.encode(text)
+
+    def hide_thought(self, rollout: Rollout) -> Rollout:
+        """The rollout with its thought hidden from rewards, if there is one to hide (see `Thoughts.hide`)."""
+        return rollout if self.thoughts is None else self.thoughts.hide(rollout, self.decode)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added."""
@@ -180,17 +197,28 @@ class Chat:
             return ToolCall(name=call["name"], arguments={}, error=f"`arguments` must be an object. Write {_SHAPE}.")
         return self._checked(call["name"], arguments)
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def transcribe(self, messages: Sequence[Mapping[str, Any]], *, opens_turn: bool) -> str:
+        """The messages as the template writes them; with `opens_turn`, up to where the assistant begins to write."""
+        return self._render([dict(message) for message in messages], opens_turn=opens_turn)
+
+    @property
+    def _schemas(self) -> list[dict[str, Any]]:
+        """The tools that the template renders, in OpenAI's shape."""
+        if self._fenced:
+            return []
+        return [
+            {
+                "type": "function",
+                "function": {"name": t.name, "description": t.description, "parameters": t.parameters},
+            }
+            for t in self.tools.values()
+        ]
+
+    def _render(self, messages: list[dict[str, Any]], *, opens_turn: bool = True) -> str:
         options = dict(self._template_options)
-        if self.tools and not self._fenced:
-            options["tools"] = [
-                {
-                    "type": "function",
-                    "function": {"name": t.name, "description": t.description, "parameters": t.parameters},
-                }
-                for t in self.tools.values()
-            ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        if schemas := self._schemas:
+            options["tools"] = schemas
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn, **options)
         return str(text)
 
     def _text_after_turn(self, results: Sequence[str]) -> str:

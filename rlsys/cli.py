@@ -172,6 +172,40 @@ def doctor() -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
+papers = typer.Typer(no_args_is_help=True, help="Rerun the claims of papers.")
+app.add_typer(papers, name="reproduce")
+
+
+@papers.command("miniature")
+def reproduce_miniature(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="An experiment's name, or a YAML file of your own; several with commas.", show_default=False),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds in place of those in the files, such as 0,1,2.")] = None,
+    run_dir: Annotated[Path, typer.Option(help="Where the runs and tables go.")] = Path("runs/miniature"),
+) -> None:
+    """Rerun papers' claims in small on two CPU cores: all of `configs/miniature`, or those that `--only` names.
+
+    Each claim gets a table with means over seeds and intervals, differences paired by seed, and the paper's own
+    numbers. What is finished is not run again: the same command goes on where it was stopped.
+    """
+    from rlsys.reproduce.experiment import find_experiments
+    from rlsys.reproduce.runner import reproduce
+    from rlsys.stages import Interrupted
+
+    names = [name for text in only or [] for name in text.split(",") if name]
+    try:
+        numbers = [int(text) for text in (seeds or "").replace(",", " ").split()]
+    except ValueError as error:
+        raise ConfigError(f"--seeds {seeds!r} is not a list of whole numbers such as 0,1,2") from error
+    try:
+        results = reproduce(find_experiments(names), run_dir, seeds=numbers)
+    except Interrupted:
+        raise typer.Exit(130) from None
+    raise typer.Exit(1 if any(found.failures for found in results) else 0)
+
+
 tools = typer.Typer(no_args_is_help=True, help="Try what the policy may call.")
 app.add_typer(tools, name="tool")
 

@@ -63,24 +63,26 @@ def problems_of(rows: Iterable[Row], columns: Columns, *, name: str, limit: int 
 def _problem(number: str, place: str, row: Mapping[str, Any], columns: Columns, name: str) -> Problem:
     def text(option: str) -> str | None:
         column = getattr(columns, option)
-        return None if column is None else _text(_value(row, column, option, place), column, place)
+        return None if column is None else _text(value_of(row, column, option, place), column, place)
 
     if columns.messages is None:
         prompt: tuple[Message, ...] = ({"role": "user", "content": text("question")},)
     else:
-        prompt = _messages(_value(row, columns.messages, "messages", place), columns.messages, place)
+        prompt = _messages(value_of(row, columns.messages, "messages", place), columns.messages, place)
     answer = text("answer")
     return Problem(
         id=text("id") or f"{name}-{number}",
         prompt=_instructed(prompt, columns.instruction, place),
         answer=answer if answer is None else _final_answer(answer, columns.answer_pattern),
         source=text("source") or name,
-        metadata={key: _value(row, column, "metadata", place, empty=True) for key, column in columns.metadata.items()},
+        metadata={
+            key: value_of(row, column, "metadata", place, empty=True) for key, column in columns.metadata.items()
+        },
     )
 
 
-def _value(row: Mapping[str, Any], column: str, option: str, place: str, *, empty: bool = False) -> Any:
-    """What stands in a column; `empty` says whether it may be nothing."""
+def value_of(row: Mapping[str, Any], column: str, option: str, place: str, *, empty: bool = False) -> Any:
+    """What stands in a column; `empty` says whether it may be nothing. `option` is what named it, for the message."""
     value, found = _reach(row, column)
     if found and (empty or value is not None):
         return value

@@ -16,6 +16,7 @@ from rlsys.plug_in_config import RewardConfig as RewardConfig
 from rlsys.plug_in_config import require as require
 from rlsys.sample_config import SampleConfig as SampleConfig
 from rlsys.scratch import ScratchModel
+from rlsys.sft_config import SftConfig as SftConfig
 from rlsys.stage_config import Aggregation as Aggregation
 from rlsys.stage_config import CriticConfig as CriticConfig
 from rlsys.stage_config import EvalConfig as EvalConfig
@@ -24,9 +25,10 @@ from rlsys.stage_config import PreferenceConfig as PreferenceConfig
 from rlsys.stage_config import RewardModelConfig as RewardModelConfig
 from rlsys.stage_config import RlConfig as RlConfig
 from rlsys.stage_config import SamplingConfig as SamplingConfig
-from rlsys.stage_config import SftConfig as SftConfig
+from rlsys.thoughts import ThoughtConfig as ThoughtConfig
+from rlsys.tpo_config import TpoConfig as TpoConfig
 
-STAGES = ("sft", "preference", "reward_model", "rl", "eval")
+STAGES = ("sft", "preference", "reward_model", "tpo", "rl", "eval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class ChatConfig:
     JSON, tools and results rendered by the model's chat template."""
     template_options: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template, such as `{enable_thinking: true}`."""
+    thought: ThoughtConfig | None = None
+    """The policy thinks before it responds, and rewards see only the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,11 @@ class LearnersConfig:
     """Token budget of one forward and backward pass on one rank."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights themselves (`pip install 'rlsys[lora]'`)."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """On GPUs: `sdpa`, torch's kernel for each sequence of a pack; `flex`, one FlexAttention kernel for all of it. On
+    CPUs always our own."""
+    liger: bool = False
+    """Liger's kernels for norms, rotations and gated layers, on GPUs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 25 % slower."""
     start_seconds: float = 600.0
@@ -161,6 +170,8 @@ class LearnersConfig:
     def __post_init__(self) -> None:
         require(self.count >= 1, f"learners.count is {self.count}; at least one rank is needed")
         require(self.gpus in (0.0, 1.0), f"learners.gpus is {self.gpus}; a rank drives no GPU or one")
+        for name, wanted in (("attention=flex", self.attention == "flex"), ("liger=true", self.liger)):
+            require(not wanted or self.gpus > 0, f"learners.{name} has kernels for GPUs only, but learners.gpus is 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +204,7 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    tpo: TpoConfig = field(default_factory=TpoConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -227,7 +239,7 @@ class Config:
                 stage not in self.stages or getattr(self, stage).pairs is not None,
                 f"stages has `{stage}`, but {stage}.pairs is not set",
             )
-        sections = {"rl", "eval"} if "rl" in self.stages else {"eval"} & set(self.stages)
+        sections = {"rl", "tpo", "eval"} & {*self.stages, *(["eval"] if {"rl", "tpo"} & set(self.stages) else [])}
         budgets = {f"{section}.sampling": getattr(self, section).sampling for section in sorted(sections)}
         budgets |= {f"samples.{name}.sampling": stage.sampling for name, stage in self.samples.items()}
         for section, sampling in budgets.items():

@@ -9,15 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.errors import ConfigError, DataError
-from rlsys.types import Problem
+from rlsys.types import Message, Problem
 
 Segments = tuple[tuple[str, bool], ...]
 """The pieces of an assistant turn in their order: text, and whether it trains."""
+
+Turns = Literal["all", "last", "each"]
+"""Which turns of the assistant in a chat train: all of them in one sequence, the last, or each in one of its own."""
 
 TOOL_OPENINGS = (
     "Let me verify with Python.",
@@ -63,17 +67,24 @@ class Demonstration:
 
     `segments` are (text, trained) in the order of the turn: tool output is not trained on. Each is tokenized by itself,
     as in a rollout. The end of turn is not in them: append the tokenizer's `eos_token_id`, trained. Where the turn was
-    generated, `recorded` holds its token ids, and these train under the same chat; elsewhere the text does.
+    generated, `recorded` holds its token ids, and these train under the same chat; elsewhere the text does. A turn that
+    was cut off is not `complete`: nobody is to learn that it ends there.
+
+    A chat of several turns has in the place of segments `turns`, the messages behind the prompt. The chat template
+    writes them, and what the assistant says in them trains.
     """
 
     problem: Problem
-    segments: Segments
+    segments: Segments = ()
     recorded: Recorded | None = None
+    turns: tuple[Message, ...] = ()
+    complete: bool = True
 
     @property
     def text(self) -> str:
-        """The whole turn."""
-        return "".join(text for text, _ in self.segments)
+        """The whole turn; of a chat, what the assistant says in it."""
+        said = [str(turn["content"]) for turn in self.turns if turn["role"] == "assistant"]
+        return "\n".join(said) if self.turns else "".join(text for text, _ in self.segments)
 
 
 def arithmetic_demonstrations(
@@ -122,3 +133,61 @@ def _expression(problem: Problem) -> str:
             "use tasks that have both, such as reasoning-gym's chain_sum and products"
         )
     return expression
+
+
+def sample_demonstrations(
+    _problems: Sequence[Problem], *, path: str | Sequence[str], limit: int | None = None, seed: int | None = None
+) -> list[Demonstration]:
+    """The answers of samples files, as sampling stages write them (`RUN/STAGE/samples.parquet`).
+
+    Under the chat that they were sampled with, the very token ids that were generated are trained on. `limit` takes the
+    first so many, or with a `seed` so many by chance.
+
+    Raises:
+        DataError: a file is missing, damaged or of another kind.
+    """
+    from rlsys.samples import read_samples  # samples are made of demonstrations
+
+    paths = [path] if isinstance(path, str) else list(path)
+    found = [sample.demonstration for one in paths for sample in read_samples(one)]
+    if seed is not None:
+        random.Random(seed).shuffle(found)
+    return _limited(found, limit)
+
+
+def table_demonstrations(
+    _problems: Sequence[Problem],
+    *,
+    path: str,
+    name: str | None = None,
+    split: str | None = None,
+    question: str | None = None,
+    messages: str | None = None,
+    response: str | None = None,
+    turns: Turns = "all",
+    instruction: str = "",
+    limit: int | None = None,
+) -> list[Demonstration]:
+    """The rows of a file, folder or hub data set, as `rlsys.data:dataset_problems` reads them.
+
+    With `response`, a column of text: the answer to the prompt in `question` (the default) or `messages`. Without it,
+    `messages` is a column of whole chats, and what the assistant says in them trains, with `turns` in `all` of them, in
+    the `last` one, or in `each`: a demonstration for every turn of the assistant, with all before it as the prompt, as
+    the chat template writes it there. What users, systems and tools say never trains.
+
+    Raises:
+        DataError: names the file, the row and the column.
+    """
+    from rlsys.demonstration_tables import chat_rows, response_rows  # tables are read into demonstrations
+
+    table: dict[str, Any] = {
+        **{"path": path, "name": name, "split": split, "question": question, "messages": messages},
+        **{"instruction": instruction, "limit": limit},
+    }
+    return chat_rows(**table, turns=turns) if response is None else response_rows(**table, response=response)
+
+
+def _limited(demonstrations: list[Demonstration], limit: int | None) -> list[Demonstration]:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    return demonstrations[:limit]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from rlsys import cluster
 from rlsys.cluster import Actor, Demand
 from rlsys.config import Config, OptimizerConfig, SamplingConfig
 from rlsys.demonstrations import Segments
-from rlsys.errors import TrainingStalledError, WeightSyncError
+from rlsys.errors import ActorError, TrainingStalledError, WeightSyncError
 from rlsys.packing import MicroBatch, shard, unpack
 from rlsys.plugins import resolve
 from rlsys.pool import ActorPool, pooled_plug_ins
@@ -54,7 +54,7 @@ def with_critic_ranks(config: Config) -> Config:
 class RolloutFleet:
     """The rollout actors, and the pools of plug-ins that have actors of their own, by their place in the configuration.
 
-    Each problem goes to the rollout actor that carries the fewest.
+    Each problem goes to the rollout actor that carries the fewest; one that failed a call, only where all others did.
     """
 
     def __init__(self, actors: list[Actor], backend: str, pools: Mapping[str, ActorPool]) -> None:
@@ -62,6 +62,7 @@ class RolloutFleet:
         self.backend = backend
         self.pools = pools
         self._load = [0] * len(actors)
+        self._failures = [0] * len(actors)
 
     @classmethod
     async def start(cls, config: Config, model_path: str) -> RolloutFleet:
@@ -96,14 +97,22 @@ class RolloutFleet:
         self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str, prefix: Segments = ()
     ) -> RolloutGroup:
         """Roll out one problem on the least loaded actor; the policy goes on behind `prefix`."""
-        index = self._load.index(min(self._load))
+        return await self._on_one("act", problem, size=size, sampling=sampling, group_id=group_id, prefix=prefix)
+
+    async def compare(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with what the rewards that compare siblings, and these alone, give each of them."""
+        return await self._on_one("compare", group)
+
+    async def _on_one(self, method: str, *args: Any, **kwargs: Any) -> RolloutGroup:
+        index = min(range(len(self.actors)), key=lambda actor: (self._failures[actor], self._load[actor]))
         self._load[index] += 1
         try:
-            group = await self.actors[index].call(
-                "act", problem, size=size, sampling=sampling, group_id=group_id, prefix=prefix
-            )
+            group = await self.actors[index].call(method, *args, **kwargs)
             assert isinstance(group, RolloutGroup)
             return group
+        except ActorError:
+            self._failures[index] += 1
+            raise
         finally:
             self._load[index] -= 1
 
@@ -162,13 +171,10 @@ class LearnerGroup:
 
     async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:
         """One optimizer step; returns means over trained tokens, the gradient norm and the seconds it took."""
-        shares = self._shares(batch)
         results = await asyncio.gather(
             *(
-                rank.call(
-                    "step", cluster.put(share), num_tokens=batch.num_tokens, temperature=temperature, **loss_options
-                )
-                for rank, share in zip(self._ranks, shares, strict=True)
+                rank.call("step", share, num_tokens=batch.num_tokens, temperature=temperature, **loss_options)
+                for rank, share in zip(self._ranks, self._to_ranks(self._shares(batch)), strict=True)
             )
         )
         return _merge(results, batch.num_tokens)
@@ -183,16 +189,26 @@ class LearnerGroup:
         shares = self._shares(batch)
         results = await asyncio.gather(
             *(
-                rank.call("infer", cluster.put(share), temperature=temperature, reference=reference)
-                for rank, share in zip(self._ranks, shares, strict=True)
+                rank.call("infer", share, temperature=temperature, reference=reference)
+                for rank, share in zip(self._ranks, self._to_ranks(shares), strict=True)
             )
         )
         micro_batches = [micro for share in shares for micro in share]
-        return unpack(batch, micro_batches, [values for result in results for values in result])
+        found = results[:: len(results) // len(shares)]
+        return unpack(batch, micro_batches, [values for result in found for values in result])
 
     def _shares(self, batch: TrainBatch) -> list[list[MicroBatch]]:
-        budget = self._config.learners.max_tokens_per_micro_batch
-        return shard(batch, num_ranks=len(self._ranks), max_tokens=budget)
+        """A share for each rank, or for each few ranks that compute together."""
+        learners = self._config.learners
+        learner_class = resolve(learners.use, place="learners.use")
+        together = learner_class.ranks_per_share(learners) if hasattr(learner_class, "ranks_per_share") else 1
+        num_shares = len(self._ranks) // together
+        return shard(batch, num_ranks=num_shares, max_tokens=learners.max_tokens_per_micro_batch)
+
+    def _to_ranks(self, shares: Sequence[list[MicroBatch]]) -> list[Any]:
+        """What each rank is to fetch; those that compute together, one behind the other, fetch the same."""
+        together = len(self._ranks) // len(shares)
+        return [reference for reference in map(cluster.put, shares) for _ in range(together)]
 
     async def open_weights(self, fleet: RolloutFleet) -> None:
         """Let learner and engines meet for weight transfers."""

@@ -1,15 +1,16 @@
-"""Where preference pairs come from: a table with a column for each side, or program-written ones for a first try."""
+"""Where preference pairs come from: a table with a column for each side, samples, or a program, for a first try."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.data import dataset_problems
 from rlsys.demonstrations import arithmetic_demonstrations
-from rlsys.errors import DataError
-from rlsys.pairs import PreferencePair
+from rlsys.errors import ConfigError, DataError
+from rlsys.length_pairs import thinkpo_pairs as thinkpo_pairs
+from rlsys.pairs import PairList, PreferencePair
 from rlsys.types import Problem
 
 
@@ -24,17 +25,21 @@ def table_pairs(
     chosen: str = "chosen",
     rejected: str = "rejected",
     margin: str | None = None,
+    equal: Literal["error", "drop"] = "error",
     instruction: str = "",
     limit: int | None = None,
-) -> list[PreferencePair]:
+) -> PairList:
     """The pairs of a file, folder or hub data set, as `dataset_problems` reads them.
 
     `chosen` and `rejected` are columns of text, or of chat messages whose last one is the answer; `margin` may be a
-    column of numbers. The prompt stands in the column `question` (the default) or `messages`.
+    column of numbers. The prompt stands in the column `question` (the default) or `messages`. A row whose two answers
+    are the same text is an error, or dropped and counted, as `equal` says.
 
     Raises:
         DataError: names the file, the row and the column.
     """
+    if equal not in ("error", "drop"):
+        raise ConfigError(f"table_pairs: equal is {equal!r}; known: error, drop")
     columns = {"chosen": chosen, "rejected": rejected} | ({} if margin is None else {"margin": margin})
     rows = dataset_problems(
         path=path,
@@ -47,15 +52,19 @@ def table_pairs(
         instruction=instruction,
         limit=limit,
     )
-    return [
-        PreferencePair(
-            problem=row,
-            chosen=((_answer(row, "chosen", columns), True),),
-            rejected=((_answer(row, "rejected", columns), True),),
-            margin=_number(row, columns),
+    found = PairList()
+    for row in rows:
+        better, worse = (_answer(row, side, columns) for side in ("chosen", "rejected"))
+        if equal == "drop" and better == worse:
+            found.counts["removed/equal_text"] = found.counts.get("removed/equal_text", 0) + 1
+            continue
+        margin_of_row = _number(row, columns)
+        found.append(
+            PreferencePair(problem=row, chosen=((better, True),), rejected=((worse, True),), margin=margin_of_row)
         )
-        for row in rows
-    ]
+    if not found:
+        raise DataError(f"{path}: chosen and rejected are the same text in all {len(rows)} rows")
+    return found
 
 
 def arithmetic_pairs(problems: Sequence[Problem], *, size: int, seed: int) -> list[PreferencePair]:

@@ -7,7 +7,7 @@ batch's tokens is then the mean over pairs, whatever the micro-batches and ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.demonstrations import Demonstration, Segments
+from rlsys.demonstrations import Demonstration, Recorded, Segments
 from rlsys.errors import DataError
 from rlsys.losses import LossInputs, LossOutputs
 from rlsys.preference import (
@@ -36,6 +36,9 @@ PairLoss = Callable[[PreferenceInputs], PreferenceOutputs]
 class PreferencePair:
     """Two answers to one problem, each as the segments of a `Demonstration`; `margin` is how much better the first is.
 
+    Where an answer was generated, `chosen_recorded` and `rejected_recorded` hold the token ids, prompt included.
+    `complete` says of both whether they came to their end, or were cut off.
+
     Raises:
         DataError: both are the same text, so there is nothing to prefer.
     """
@@ -44,6 +47,9 @@ class PreferencePair:
     chosen: Segments
     rejected: Segments
     margin: float = 0.0
+    chosen_recorded: Recorded | None = None
+    rejected_recorded: Recorded | None = None
+    complete: tuple[bool, bool] = (True, True)
 
     def __post_init__(self) -> None:
         texts = ["".join(text for text, _ in segments) for segments in (self.chosen, self.rejected)]
@@ -59,9 +65,21 @@ class PreferencePair:
     def demonstrations(self) -> tuple[Demonstration, Demonstration]:
         """The chosen and the rejected answer."""
         return (
-            Demonstration(problem=self.problem, segments=self.chosen),
-            Demonstration(problem=self.problem, segments=self.rejected),
+            Demonstration(
+                problem=self.problem, segments=self.chosen, recorded=self.chosen_recorded, complete=self.complete[0]
+            ),
+            Demonstration(
+                problem=self.problem, segments=self.rejected, recorded=self.rejected_recorded, complete=self.complete[1]
+            ),
         )
+
+
+class PairList(list[PreferencePair]):
+    """Pairs that know what their source left out: `counts` by a name such as `removed/equal_text`."""
+
+    def __init__(self, pairs: Iterable[PreferencePair] = (), *, counts: Mapping[str, int] | None = None) -> None:
+        super().__init__(pairs)
+        self.counts = dict(counts or {})
 
 
 def pair_batch(pairs: Sequence[tuple[Rollout, Rollout]], *, margins: Sequence[float] | None = None) -> TrainBatch:
@@ -164,6 +182,24 @@ def over_labelled(
         )
     )
     return _spread(inputs, outputs, row_of)
+
+
+def by_label(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a KTO step with those of one label as means over the answers of that label, and their margin.
+
+    The learner divides every sum by the answers of the batch, of which `desirable` is the share with the one label.
+    """
+    found = dict(metrics)
+    shares = {"desirable": metrics["desirable"], "undesirable": 1 - metrics["desirable"]}
+    for label, share in shares.items():
+        for name in (f"reward_{label}", f"length_{label}"):
+            if share > 0:
+                found[name] /= share
+            else:
+                del found[name]
+    if all(share > 0 for share in shares.values()):
+        found["reward_margin"] = found["reward_desirable"] - found["reward_undesirable"]
+    return found
 
 
 def over_scored_pairs(inputs: LossInputs) -> LossOutputs:

@@ -53,11 +53,11 @@ class RunDirectory:
                     f"{folder} holds a run already; continue it with --resume, begin anew with --fresh (the old one is "
                     "kept beside it), or set run_dir"
                 )
-            _move_aside(folder)
+            move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             (folder / "config.yaml").write_text(to_yaml(config))
-            _write_json(folder / "run.json", _environment())
+            write_json(folder / "run.json", _environment())
         return cls(folder, trackers=config.trackers)
 
     def stage(self, stage: str) -> Path:
@@ -72,7 +72,7 @@ class RunDirectory:
     def finish(self, stage: str, model: Path) -> None:
         """Mark a stage as finished, with the model that it leaves."""
         self.stage(stage).mkdir(parents=True, exist_ok=True)
-        _write_json(self.stage(stage) / "done.json", {"model": str(model), "finished": _now()})
+        write_json(self.stage(stage) / "done.json", {"model": str(model), "finished": _now()})
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl` and tell the tracker."""
@@ -110,9 +110,15 @@ class RunDirectory:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """All lines of a stage, in order."""
+        return [line for line in self._lines() if line["stage"] == stage]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All lines of held-out evaluations, in whichever stage they were made, in order."""
+        return [line for line in self._lines() if line["stage"].endswith("/eval")]
+
+    def _lines(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-        return [line for line in lines if line["stage"] == stage]
+        return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
     def write_rollouts(self, name: str, groups: Sequence[RolloutGroup], *, advantages: Sequence[float] = ()) -> None:
         """One row for each rollout, in `rollouts/NAME.parquet`: text for people, arrays for programs."""
@@ -159,7 +165,7 @@ class RunDirectory:
         self._started += elapsed
         summary["wall_seconds"] = round(summary.get("wall_seconds", 0.0) + elapsed, 1)
         summary.update(values)
-        _write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary)
         return summary
 
     def close(self) -> None:
@@ -168,14 +174,16 @@ class RunDirectory:
             self._tensorboard.close()
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
+    """Keep a folder under the first free name with a number behind it."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file; it is whole or as it was before."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(partial, path)

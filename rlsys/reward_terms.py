@@ -18,6 +18,7 @@ from rlsys.config import RewardConfig
 from rlsys.errors import ConfigError, RewardError, RewardTimeoutError, TrainingStalledError
 from rlsys.interfaces import RewardResult
 from rlsys.plugins import build, check_options, resolve
+from rlsys.thoughts import is_failure, shown, shown_group
 from rlsys.threads import Outcome, Threads
 from rlsys.types import Problem, Rollout, RolloutGroup
 
@@ -78,21 +79,21 @@ class RewardTerm:
         return ((1 - share) * self.weight + share * self.final_weight) * score
 
     async def grade(self, problem: Problem, rollout: Rollout) -> RewardResult:
-        """Score of one rollout, whatever of the accepted forms the reward has.
+        """Score of one rollout, whatever of the accepted forms the reward has. A hidden thought is not shown to it.
 
         Raises:
             RewardError: it raised, or gave something else than a finite number or a RewardResult with finite numbers,
                 or says itself (status "error") that it failed.
             RewardTimeoutError: it did not end within `timeout_seconds`, or says so itself (status "timeout").
         """
-        score = getattr(self.reward, "score", None)
+        score, rollout = getattr(self.reward, "score", None), shown(rollout)
         if score is not None:
             return self._checked(await self._within_deadline(score, problem, rollout.response, rollout))
         return self._checked(await self._within_deadline(self.reward, problem, rollout.response))
 
     async def grade_group(self, group: RolloutGroup) -> list[RewardResult]:
         """Scores of all siblings, in their order; raises as `grade` does, for the group as a whole."""
-        values = await self._within_deadline(self.reward.score_group, group)
+        values = await self._within_deadline(self.reward.score_group, shown_group(group))
         wanted = len(group.rollouts)
         if isinstance(values, np.ndarray):
             values = values.tolist()
@@ -232,10 +233,14 @@ def reason(error: RewardError) -> str:
 async def grade_rollout(problem: Problem, rollout: Rollout, terms: Sequence[RewardTerm], *, step: int) -> Rollout:
     """The rollout with the credits of all terms that grade rollouts; those that grade groups come later.
 
+    One without a response to its hidden thought is not graded: it keeps the reward of such failures.
+
     Raises:
         RewardError: a term failed whose `on_failure` is "drop".
         TrainingStalledError: a term failed whose `on_failure` is "fail".
     """
+    if is_failure(rollout):
+        return rollout
     started = time.perf_counter()
     for term in terms:
         if term.grades_groups:
@@ -250,9 +255,24 @@ async def grade_rollout(problem: Problem, rollout: Rollout, terms: Sequence[Rewa
 async def grade_group(group: RolloutGroup, terms: Sequence[RewardTerm], *, step: int) -> RolloutGroup:
     """The group with the credits of the terms that grade groups; what fails, fails for all siblings.
 
+    Siblings without a response to their hidden thought are not among those compared; none of the others gets less.
+
     Raises:
         TrainingStalledError: a term failed whose `on_failure` is "fail".
     """
+    graded = await _grade_siblings(
+        replace(group, rollouts=tuple(r for r in group.rollouts if not is_failure(r))), terms, step
+    )
+    lowest = min((rollout.reward for rollout in graded.rollouts), default=math.inf)
+    others = iter(graded.rollouts)
+    merged = [
+        replace(rollout, reward=min(lowest, rollout.reward)) if is_failure(rollout) else next(others, None)
+        for rollout in group.rollouts
+    ]
+    return replace(graded, rollouts=tuple(rollout for rollout in merged if rollout is not None))
+
+
+async def _grade_siblings(group: RolloutGroup, terms: Sequence[RewardTerm], step: int) -> RolloutGroup:
     started = time.perf_counter()
     for term in terms:
         if not term.grades_groups or not group.rollouts:

@@ -16,6 +16,8 @@ from rlsys.demonstrations import Segments
 from rlsys.errors import ToolError, failures_of_tool
 from rlsys.interfaces import Engine, Session, ToolResult
 from rlsys.reward_terms import RewardTerm, grade_rollout
+from rlsys.thinking_words import thinking_ratios
+from rlsys.thoughts import mean_of as mean_of_thoughts
 from rlsys.types import Completion, FinishReason, Problem, Rollout
 
 log = logging.getLogger(__name__)
@@ -78,10 +80,13 @@ async def run_rollout(
     policy_step: int = 0,
     prefix: Segments = (),
 ) -> Rollout | None:
-    """One graded attempt at the problem; None where the prompt leaves no room in the context.
+    """One graded attempt at the problem; None where the prompt, with `prefix`, leaves no room.
 
     `prefix` is a beginning of the turn, behind which the policy goes on: its trained segments count as the policy's
     words, for the reward as well, with log-prob 0 and version -1 (so not for RL); all of it counts in the budget.
+    Calls in it are made again, so that the session has what they left; they must say what stands behind them (a session
+    is seeded by `rollout_id`: keep the id where a prefix comes from a rollout). A fence left open is closed by the
+    policy, and what it wrote there is called.
 
     Terms that grade groups are left to `grade_group`. The weights of terms are those of `policy_step`.
 
@@ -92,17 +97,16 @@ async def run_rollout(
     """
     prompt = chat.render(problem)
     budget = min(sampling.max_response_tokens, max_model_tokens - len(prompt))
-    if budget < _MIN_ROOM:
+    begun = [(text, chat.encode(text), trained) for text, trained in prefix]
+    if budget < _MIN_ROOM + sum(len(tokens) for _, tokens, _ in begun):
         return None
-    track = _Track(prompt)
-    turn = ""
-    for text, trained in prefix:
-        track.append_prefix(chat.encode(text), trained=trained)
-        turn = turn + text if trained else ""
+    limit = len(prompt) + budget
+    track = _Track(list(prompt))
     counts = {"tool_calls": 0.0, "tool_errors": 0.0, "tool_seconds": 0.0}
     started = time.perf_counter()
-    async with _Sessions(chat, rollout_id) as sessions:
-        finish = await _converse(track, len(prompt) + budget, engine, chat, sampling, sessions, counts, turn)
+    async with _Sessions(chat, rollout_id, counts) as sessions:
+        turn = await _begin(track, begun, chat, sessions)
+        finish = await _converse(track, limit, engine, chat, sampling, sessions, turn)
     counts["rollout_seconds"] = time.perf_counter() - started
     rollout = Rollout(
         tokens=np.array(track.tokens, dtype=np.int32),
@@ -114,7 +118,23 @@ async def run_rollout(
         finish_reason=finish,
         metrics=counts,
     )
-    return await grade_rollout(problem, rollout, rewards, step=policy_step)
+    return await grade_rollout(problem, chat.hide_thought(rollout), rewards, step=policy_step)
+
+
+async def _begin(
+    track: _Track, begun: Sequence[tuple[str, Sequence[int], bool]], chat: Chat, sessions: _Sessions
+) -> str:
+    """Put a prefix (text, tokens, trained) on the axis, make its calls again, return the text of the turn left open."""
+    turn = ""
+    for text, tokens, trained in begun:
+        calls = [] if trained else chat.parse_calls(turn, turn_ended=False) or chat.parse_calls(turn, turn_ended=True)
+        if calls and chat.render_results(await sessions.answer(calls)) != tokens:
+            raise ToolError(
+                f"tool {calls[0].name!r} did not answer again what stands in the prefix of the rollout: {text[:200]!r}"
+            )
+        track.append_prefix(tokens, trained=trained)
+        turn = turn + text if trained else ""
+    return turn
 
 
 async def _converse(
@@ -124,10 +144,12 @@ async def _converse(
     chat: Chat,
     sampling: SamplingConfig,
     sessions: _Sessions,
-    counts: dict[str, float],
     turn: str,
 ) -> FinishReason:
-    """Generate and call tools until the policy ends its turn without a call, or a budget is spent."""
+    """Generate and call tools until the policy ends its turn without a call, or a budget is spent.
+
+    `turn` is what the policy has written in it already.
+    """
     while True:
         if len(track.tokens) >= limit:
             return "length"
@@ -147,12 +169,9 @@ async def _converse(
         if not calls and ended:
             return "stop"
         if calls:
-            if counts["tool_calls"] + len(calls) > sampling.max_tool_calls:
+            if sessions.counts["tool_calls"] + len(calls) > sampling.max_tool_calls:
                 return "turns"
-            results = [await sessions.call(call) for call in calls]
-            counts["tool_calls"] += len(results)
-            counts["tool_errors"] += sum(not result.ok for result in results)
-            counts["tool_seconds"] += sum(result.seconds for result in results)
+            results = await sessions.answer(calls)
             # The budget holds for tool output too; what does not fit is not read.
             read = chat.render_results(results)[: max(0, limit - len(track.tokens))]
             track.append_read(read)
@@ -162,11 +181,12 @@ async def _converse(
 
 
 class _Sessions:
-    """The tool sessions of one rollout, opened when first called and closed with it."""
+    """The tool sessions of one rollout, opened when first called and closed with it; `counts` is kept up to date."""
 
-    def __init__(self, chat: Chat, rollout_id: str) -> None:
+    def __init__(self, chat: Chat, rollout_id: str, counts: dict[str, float]) -> None:
         self._chat = chat
         self._rollout_id = rollout_id
+        self.counts = counts
         self._open: dict[str, Session] = {}
         self._stack = AsyncExitStack()
 
@@ -181,7 +201,15 @@ class _Sessions:
                 raise
             log.warning("%s; told here only, because the rollout had ended before with %r", failure, error)
 
-    async def call(self, call: ToolCall) -> ToolResult:
+    async def answer(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Answer calls, one after the other."""
+        results = [await self._call(call) for call in calls]
+        self.counts["tool_calls"] += len(results)
+        self.counts["tool_errors"] += sum(not result.ok for result in results)
+        self.counts["tool_seconds"] += sum(result.seconds for result in results)
+        return results
+
+    async def _call(self, call: ToolCall) -> ToolResult:
         """Answer a call. What the policy did wrong is a text for it; ToolError where the tool raises."""
         if call.error is not None:
             return ToolResult(text=call.error, ok=False)
@@ -199,7 +227,7 @@ class _Sessions:
 
 
 def mean_metrics(rollouts: Sequence[Rollout]) -> Mapping[str, float]:
-    """What a batch of rollouts says: reward, accuracy, lengths, tools, how they ended, each grading status."""
+    """What a batch of rollouts says: reward, accuracy, lengths, tools, how they ended, each grading status, words."""
     if not rollouts:
         return {}
     count = len(rollouts)
@@ -223,4 +251,4 @@ def mean_metrics(rollouts: Sequence[Rollout]) -> Mapping[str, float]:
         result[f"reward/{name}"] = mean([rollout.reward_terms.get(name, 0.0) for rollout in rollouts])
     for name in sorted({name for rollout in rollouts for name in rollout.metrics if name.startswith("status/")}):
         result[name] = sum(rollout.metrics.get(name, 0.0) for rollout in rollouts) / count
-    return result
+    return {**result, **thinking_ratios([rollout.response for rollout in rollouts]), **mean_of_thoughts(rollouts)}

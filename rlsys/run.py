@@ -7,17 +7,18 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rlsys import cluster
 from rlsys.chat import load_tokenizer
-from rlsys.config import Config
+from rlsys.config import ClusterConfig, Config
 from rlsys.console import Console
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.fleet import learner_demand, rollout_demand, with_critic_ranks
 from rlsys.function_tool import check_tool
-from rlsys.plugins import check_options, resolve
+from rlsys.plugins import build, check_options, resolve
 from rlsys.pool import pool_demands
 from rlsys.records import RunDirectory
 from rlsys.report import plot_curves
@@ -25,15 +26,45 @@ from rlsys.reward_terms import check_reward
 from rlsys.scratch import build_scratch_model
 from rlsys.selection import resolve_selections
 from rlsys.stages import Interrupted, Run, stage_of
+from rlsys.thoughts import Thoughts
 
-_TRAINING = {"sft", "preference", "reward_model", "rl"}
-"""The stages that have learners, and a section with an optimizer."""
+_OPTIMIZERS = {
+    **{stage: f"{stage}.optimizer" for stage in ("sft", "preference", "reward_model", "rl")},
+    "tpo": "tpo.preference.optimizer",
+}
+"""The stages that have learners, and where the settings of their optimizers stand."""
+
+
+class Session:
+    """A connection to Ray that outlives a run, so that runs which follow one another share it."""
+
+    def __init__(self) -> None:
+        self._connected: ClusterConfig | None = None
+
+    def connect(self, config: ClusterConfig) -> None:
+        """Join the cluster of `config`; nothing where that is done."""
+        if config == self._connected:
+            return
+        self.close()
+        cluster.connect(config)
+        self._connected = config
+
+    def close(self) -> None:
+        """Leave it; a cluster that was started on this machine ends with all its processes."""
+        if self._connected is not None:
+            self._connected = None
+            cluster.disconnect()
 
 
 def train(
-    config: Config, *, resume: bool = False, fresh: bool = False, console: Console | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
+    session: Session | None = None,
 ) -> dict[str, Any]:
-    """Run all stages and return the summary.
+    """Run all stages and return the summary; a `session` stays connected afterwards.
 
     Raises:
         RlsysError: with one clear message.
@@ -47,9 +78,11 @@ def train(
             f"warning: this job runs in a temporary folder, and so does {directory.folder}: its results go with it; "
             "set run_dir to an absolute path that the nodes share"
         )
+    own = Session()
     try:
-        return asyncio.run(_train(config, directory, console, resume=resume))
+        return asyncio.run(_train(config, directory, console, session or own, resume=resume))
     finally:
+        own.close()
         directory.close()
 
 
@@ -70,6 +103,7 @@ def check(config: Config) -> None:
         check_options(resolve(source.use, place=f"data.{name}.use"), source.options, place=f"data.{name}")
     for place, made in (
         ("sft.demonstrations", config.sft.demonstrations),
+        ("sft.held_out", config.sft.held_out),
         ("preference.pairs", config.preference.pairs),
         ("reward_model.pairs", config.reward_model.pairs),
     ):
@@ -77,6 +111,9 @@ def check(config: Config) -> None:
             check_options(resolve(made.use, place=f"{place}.use"), made.options, place=place, given=1)
     _check_samples(config)
     resolve(config.preference.loss, place="preference.loss")
+    resolve(config.tpo.preference.loss, place="tpo.preference.loss")
+    if config.chat.thought is not None:
+        Thoughts(config.chat.thought)  # says what is wrong with its prompt
     for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
         resolve(reference, place=place)
     resolve_selections(config.rl.selections)
@@ -89,9 +126,7 @@ def check(config: Config) -> None:
 def _check_samples(config: Config) -> None:
     for name, stage in config.samples.items():
         place = f"samples.{name}"
-        check_options(
-            resolve(stage.sampler.use, place=f"{place}.sampler.use"), stage.sampler.options, place=f"{place}.sampler"
-        )
+        build(stage.sampler.use, stage.sampler.options, place=f"{place}.sampler")  # says what is wrong with its options
         if stage.problems is not None:
             source = resolve(stage.problems.use, place=f"{place}.problems.use")
             check_options(source, stage.problems.options, place=f"{place}.problems")
@@ -103,16 +138,19 @@ def _check_samples(config: Config) -> None:
 def _check_learner(config: Config) -> None:
     """Options of the learner class and the optimizers of the run's stages, where the class can judge them."""
     learner_class = resolve(config.learners.use, place="learners.use")
-    optimizers = {
-        f"{stage}.optimizer": getattr(config, stage).optimizer for stage in config.stages if stage in _TRAINING
-    }
+    places = [_OPTIMIZERS[stage] for stage in config.stages if stage in _OPTIMIZERS]
+    optimizers = {place: attrgetter(place)(config) for place in places}
     if "rl" in config.stages and config.rl.critic is not None:
         optimizers["rl.critic.optimizer"] = config.rl.critic.optimizer
     if hasattr(learner_class, "check_config"):
         learner_class.check_config(config.learners, optimizers)
+        if "rl" in config.stages and config.rl.critic is not None:
+            learner_class.check_config(with_critic_ranks(config).learners, {})
 
 
-async def _train(config: Config, directory: RunDirectory, console: Console, *, resume: bool) -> dict[str, Any]:
+async def _train(
+    config: Config, directory: RunDirectory, console: Console, session: Session, *, resume: bool
+) -> dict[str, Any]:
     # Ray's workers are other processes and perhaps other nodes: paths must not depend on where the driver stands.
     model = _starting_model(config, directory.folder)
     unfinished = [stage for stage in config.stages if directory.finished_model(stage) is None]
@@ -123,7 +161,7 @@ async def _train(config: Config, directory: RunDirectory, console: Console, *, r
     stop = asyncio.Event()
     run = Run(config=config, directory=directory, console=console, stop=stop)
     with console.waiting("starting Ray"):
-        cluster.connect(config.cluster)
+        session.connect(config.cluster)
     try:
         with _stopped_by_signals(stop, console):
             await cluster.require(_demands(config, unfinished), wait_seconds=config.cluster.wait_seconds)
@@ -139,7 +177,6 @@ async def _train(config: Config, directory: RunDirectory, console: Console, *, r
     finally:
         directory.update_summary()
         plot_curves(directory)
-        cluster.disconnect()
     summary = directory.update_summary(model=str(model))
     console.table(f"{config.name}: {directory.folder}", summary)
     return summary
@@ -186,13 +223,23 @@ def _stopped_by_signals(stop: asyncio.Event, console: Console) -> Iterator[None]
 def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
     """What the stages need at one time."""
     demands = []
-    if set(stages) - {"sft", "preference", "reward_model"}:
-        demands += [rollout_demand(config), *pool_demands(config)]
-    if _TRAINING & set(stages):
+    acting = set(stages) - {"sft", "preference", "reward_model"}
+    if acting:
+        demands += pool_demands(config)
+    if any(_has_rollout_actors(config, stage) for stage in acting):
+        demands.append(rollout_demand(config))
+    if _OPTIMIZERS.keys() & set(stages):
         demands.append(learner_demand(config))
     if "rl" in stages and config.rl.critic is not None:
         demands.append(learner_demand(with_critic_ranks(config), what="critic rank"))
     return demands
+
+
+def _has_rollout_actors(config: Config, stage: str) -> bool:
+    if stage not in config.samples:
+        return True
+    sampler = resolve(config.samples[stage].sampler.use, place=f"samples.{stage}.sampler.use")
+    return bool(getattr(sampler, "uses_rollout_actors", True))
 
 
 def _starting_model(config: Config, folder: Path) -> Path:

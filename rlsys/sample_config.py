@@ -29,13 +29,28 @@ class SampleConfig:
     """Functions of (samples of one stage, ...) that return those to keep, one after the other, such as
     `rlsys.filters:correct`."""
     problems_per_part: int = 64
-    """Problems between two saves: a run that was interrupted goes on behind the last one."""
+    """Problems between two saves: a run that was killed does those again that were answered behind the last one."""
     max_problems_in_flight: int = 128
-    """Problems that are being answered at one time."""
+    """Problems that are being answered at one time; fewer where these are more than twice the answers that all engines
+    write at one time."""
+    problem_seconds: float = 3600.0
+    """Deadline for all answers to one problem; then the attempt failed."""
+    retries: int = 2
+    """How often a problem is tried again whose answers could not be had at all: an engine failed, say. Then it is left
+    out and counted, and tried again by `--resume`."""
+    max_failed: float = 0.25
+    """The stage stops where more than this share of the answers to the last 64 problems could not be had. Those that
+    could not be graded have their own limit, `max_failed_rewards`."""
 
     def __post_init__(self) -> None:
         for name in ("samples_per_problem", "problems_per_part", "max_problems_in_flight"):
             require(getattr(self, name) >= 1, f"samples.STAGE.{name} is {getattr(self, name)}; at least 1 is needed")
+        require(self.retries >= 0, f"samples.STAGE.retries is {self.retries}; 0 tries once")
+        require(self.problem_seconds > 0, f"samples.STAGE.problem_seconds is {self.problem_seconds:g}; it is above 0")
+        require(
+            0 <= self.max_failed <= 1,
+            f"samples.STAGE.max_failed is {self.max_failed:g}; a share lies between 0 and 1 (never stop)",
+        )
         require(
             self.max_problems is None or self.max_problems >= 1,
             f"samples.STAGE.max_problems is {self.max_problems}; at least 1, or null for all",

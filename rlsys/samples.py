@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -15,8 +17,14 @@ import numpy as np
 from rlsys.chat import Chat
 from rlsys.demonstrations import Demonstration, Recorded
 from rlsys.errors import DataError
-from rlsys.tables import file_rows
+from rlsys.tables import did_you_mean
 from rlsys.types import FinishReason, Problem, Rollout
+
+_ABOUT = b"rlsys"
+"""Key of a file's metadata, under which stands what its rows do not say."""
+
+_ARRAYS = ("tokens", "loss_mask")
+"""Columns that are never made Python lists of numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,8 @@ class Sample:
 
 def sample_of(problem: Problem, rollout: Rollout, chat: Chat, *, provenance: Mapping[str, Any]) -> Sample:
     """A rollout as a sample: its turn behind the prompt as text, and its token ids as they were generated."""
-    prompt_length = int(rollout.loss_mask.argmax())  # the turn begins with what the policy wrote
+    # The turn begins with what the policy wrote, if it wrote anything.
+    prompt_length = int(rollout.loss_mask.argmax()) if rollout.loss_mask.any() else len(rollout)
     tokens, mask = rollout.tokens[prompt_length:].tolist(), rollout.loss_mask[prompt_length:].tolist()
     if rollout.finish_reason == "stop" and tokens and tokens[-1] == chat.tokenizer.eos_token_id:
         tokens, mask = tokens[:-1], mask[:-1]
@@ -61,6 +70,7 @@ def sample_of(problem: Problem, rollout: Rollout, chat: Chat, *, provenance: Map
             problem=problem,
             segments=tuple(segments),
             recorded=Recorded(tokens=rollout.tokens, loss_mask=rollout.loss_mask, template=chat.fingerprint),
+            complete=rollout.finish_reason == "stop",
         ),
         num_tokens=rollout.num_trained_tokens,
         correct=None if correct is None else bool(correct),
@@ -71,8 +81,8 @@ def sample_of(problem: Problem, rollout: Rollout, chat: Chat, *, provenance: Map
     )
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write a Parquet file, one row for each sample; it is whole or not there."""
+def write_samples(path: Path, samples: Sequence[Sample], *, about: Mapping[str, Any] | None = None) -> None:
+    """Write a Parquet file, one row for each sample; it is whole or not there. `read_about` reads `about` again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,6 +107,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
             "provenance": text,
         }
     )
+    schema = schema.with_metadata({_ABOUT: json.dumps(dict(about or {}))})
     partial = path.with_suffix(".partial")
     table = pa.Table.from_pylist([_row(sample) for sample in samples], schema=schema)
     pq.write_table(table, partial, compression="zstd")
@@ -133,7 +144,45 @@ def read_samples(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    return [_sample(row, place) for file in files for _, place, row in file_rows(file)]
+    if not files:
+        raise DataError(f"{path}: no .parquet file is in this folder; name one that a sampling stage wrote")
+    return [_sample(row, f"{file} row {number}") for file in files for number, row in enumerate(_rows(file), 1)]
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What `write_samples` was told about a file; raises as `read_samples` does."""
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        return dict(json.loads((pq.read_schema(path).metadata or {})[_ABOUT]))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, long ones of numbers as arrays."""
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        table = pq.read_table(path)
+    long = [table.column(name) for name in _ARRAYS if name in table.column_names]
+    names = [name for name in _ARRAYS if name in table.column_names]
+    for number, row in enumerate(table.drop_columns(names).to_pylist()):
+        for name, column in zip(names, long, strict=True):
+            cell = column[number]
+            row[name] = cell.values.to_numpy(zero_copy_only=False) if cell.is_valid else None
+        yield row
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
+        raise DataError(f"{path}: no such file{did_you_mean(near)}; a sampling stage writes samples.parquet") from error
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file of samples, or damaged: {error}") from error
 
 
 def _sample(row: Mapping[str, Any], place: str) -> Sample:
@@ -148,8 +197,8 @@ def _sample(row: Mapping[str, Any], place: str) -> Sample:
         recorded = None
         if row["tokens"] is not None:
             recorded = Recorded(
-                tokens=np.array(row["tokens"], np.int32),
-                loss_mask=np.array(row["loss_mask"], np.bool_),
+                tokens=row["tokens"].astype(np.int32),
+                loss_mask=row["loss_mask"].astype(np.bool_),
                 template=row["template"],
             )
         return Sample(
@@ -157,6 +206,7 @@ def _sample(row: Mapping[str, Any], place: str) -> Sample:
                 problem=problem,
                 segments=tuple((segment["text"], segment["trained"]) for segment in row["segments"]),
                 recorded=recorded,
+                complete=row["finish_reason"] == "stop",
             ),
             num_tokens=row["num_tokens"],
             correct=row["correct"],
@@ -165,7 +215,7 @@ def _sample(row: Mapping[str, Any], place: str) -> Sample:
             metrics=json.loads(row["metrics"]),
             provenance=json.loads(row["provenance"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{place}: no sample ({type(error).__name__}: {error}); read a file that a sampling stage wrote, "
             "or another table with rlsys.pair_data:table_pairs"

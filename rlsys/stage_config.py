@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,15 @@ from rlsys.plug_in_config import PlugIn, require
 Aggregation = Literal["token", "sequence", "constant"]
 TrustRegion = Literal["rollout", "proximal"]
 Correction = Literal["none", "truncated", "masked", "sequence_truncated", "sequence_masked"]
+
+
+def require_a_length(section: str, steps: int | None, epochs: float | None) -> None:
+    """Refuse a stage that is given both a number of steps and of epochs, or one that is no length."""
+    require(steps is None or epochs is None, f"{section}.steps and {section}.epochs are both given; leave one out")
+    require(steps is None or steps >= 1, f"{section}.steps is {steps}; at least 1 is needed")
+    require(
+        epochs is None or (epochs > 0 and math.isfinite(epochs)), f"{section}.epochs is {epochs}; it must be above 0"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +33,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     warmup_steps: int = 0
     """Linear warm-up from 0."""
+    warmup_share: float = 0.0
+    """The same as a share of all steps of the stage, in place of `warmup_steps`."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine down to a tenth of the peak at the last step."""
     weight_decay: float = 0.0
@@ -33,6 +45,21 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm."""
     max_skipped_steps: int = 5
     """So many non-finite gradients in a row stop the run."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.warmup_share < 1,
+            f"optimizer.warmup_share is {self.warmup_share:g}; a share of the steps is at least 0 and below 1",
+        )
+        require(
+            not (self.warmup_share and self.warmup_steps),
+            f"optimizer: warmup_steps ({self.warmup_steps}) and warmup_share ({self.warmup_share:g}) say one thing "
+            "twice; leave one out",
+        )
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of the warm-up in a stage of so many."""
+        return round(self.warmup_share * total_steps) if self.warmup_share else self.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +74,6 @@ class SamplingConfig:
     """Budget of one rollout after its prompt: generated tokens and tool output."""
     max_tool_calls: int = 4
     """Budget of tool calls in one rollout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Supervised fine-tuning on demonstrations."""
-
-    demonstrations: PlugIn | None = None
-    """Function of (training problems, ...) that returns a list of `Demonstration`."""
-    steps: int = 100
-    """Optimizer steps."""
-    demonstrations_per_step: int = 64
-    """Demonstrations in one optimizer step."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    """Optimizer of this stage."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +128,44 @@ class PreferenceConfig:
     """Margin of SimPO."""
     nll_coef: float = 0.0
     """Weight of the chosen answer's mean negative log-likelihood beside the loss (RPO)."""
-    steps: int = 100
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; 100 where `epochs` is not given either."""
+    epochs: float | None = None
+    """Instead of `steps`: how often all pairs are learned from."""
     pairs_per_step: int = 32
     """Pairs in one optimizer step."""
+    max_tokens: int | None = None
+    """The longest sequence, prompt and answer together; without it, `actors.max_model_tokens`."""
+    too_long: Literal["error", "drop"] = "error"
+    """A pair with a longer side is an error, or dropped and counted."""
+    held_out_share: float = 0.0
+    """Share of the problems whose pairs are never learned from: accuracy and margin are measured on them."""
+    held_out_every: int = 0
+    """Steps between these measurements; 0 measures at the end only."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7))
     """Optimizer of this stage."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        require_a_length("preference", self.steps, self.epochs)
         require(self.beta > 0, f"preference.beta is {self.beta}; it must be above 0")
         require(self.pairs_per_step >= 1, f"preference.pairs_per_step is {self.pairs_per_step}; at least 1 is needed")
+        require(
+            self.max_tokens is None or self.max_tokens >= 2,
+            f"preference.max_tokens is {self.max_tokens}; at least 2, or null for actors.max_model_tokens",
+        )
+        require(
+            0 <= self.held_out_share < 1,
+            f"preference.held_out_share is {self.held_out_share}; a share is at least 0 and below 1",
+        )
+        require(
+            self.held_out_every >= 0, f"preference.held_out_every is {self.held_out_every}; 0 measures at the end only"
+        )
+        require(
+            self.held_out_share > 0 or not self.held_out_every,
+            "preference.held_out_every measures held-out pairs, but preference.held_out_share is 0; set it as well",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +174,21 @@ class RewardModelConfig:
 
     pairs: PlugIn | None = None
     """Function of (training problems, ...) that returns a list of `PreferencePair`."""
-    steps: int = 100
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; 100 where `epochs` is not given either."""
+    epochs: float | None = None
+    """Instead of `steps`: how often all pairs are learned from."""
     pairs_per_step: int = 32
     """Pairs in one optimizer step."""
+    too_long: Literal["error", "drop"] = "error"
+    """A pair with an answer that does not fit into `actors.max_model_tokens` is an error, or dropped and counted."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     """Optimizer of this stage."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        require_a_length("reward_model", self.steps, self.epochs)
         require(self.pairs_per_step >= 1, f"reward_model.pairs_per_step is {self.pairs_per_step}; at least 1 is needed")
 
 
@@ -325,6 +367,8 @@ class EvalConfig:
 
     samples_per_problem: int = 1
     """Rollouts of each problem; accuracy is their mean."""
+    greedy: bool = False
+    """One greedy rollout of each problem besides: `accuracy_greedy`."""
     max_problems: int | None = None
     """Only the first so many problems."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

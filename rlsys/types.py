@@ -68,7 +68,9 @@ class Rollout:
     `tokens` [T] int32 hold prompt, generated text and tool output in the order the policy saw them; `loss_mask` [T]
     bool is true where the policy wrote the token; `logprobs` [T] float32 are the engine's own (0 where
     not generated); `versions` [T] int32 say which weights wrote the token (-1 where not generated). `response` is
-    the text that the policy wrote, `transcript` all of it with prompt and tool output, for people to read.
+    the text that the policy wrote, `transcript` all of it with prompt and tool output, for people to read. Where the
+    policy thinks in private, `response` is what it wrote behind that, and so many tokens as `num_hidden` says, the
+    prompt and the thought, are not shown to rewards.
     """
 
     tokens: NDArray[np.int32]
@@ -81,6 +83,7 @@ class Rollout:
     reward_terms: Mapping[str, float] = field(default_factory=dict)
     finish_reason: FinishReason = "stop"
     metrics: Mapping[str, float] = field(default_factory=dict)
+    num_hidden: int = 0
 
     def __post_init__(self) -> None:
         shapes = {name: getattr(self, name).shape for name in ("tokens", "loss_mask", "logprobs", "versions")}

@@ -123,4 +123,4 @@ def test_no_file_is_a_monster() -> None:
 def test_the_package_says_that_it_is_typed_and_carries_its_configurations() -> None:
     assert (ROOT / "rlsys" / "py.typed").is_file()
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert setuptools["package-data"] == {"rlsys": ["py.typed"], "rlsys.configs": ["*.yaml"]}
+    assert setuptools["package-data"] == {"rlsys": ["py.typed"], "rlsys.configs": ["*.yaml", "miniature/*.yaml"]}

@@ -19,8 +19,8 @@ BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
-MADE_OF_PROBLEMS = ("demonstrations", "pairs")
-"""What is called with the training problems before its options."""
+MADE_OF_SOMETHING = ("demonstrations", "pairs", "filters")
+"""What is called with the training problems, or with samples, before its options."""
 
 
 def plug_ins(node: Any, given: int = 0) -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -29,10 +29,10 @@ def plug_ins(node: Any, given: int = 0) -> Iterator[tuple[Mapping[str, Any], int
         if isinstance(node.get("use"), str):
             yield node, given
         for key, value in node.items():
-            yield from plug_ins(value, int(key in MADE_OF_PROBLEMS))
+            yield from plug_ins(value, int(key in MADE_OF_SOMETHING))
     elif isinstance(node, list):
         for value in node:
-            yield from plug_ins(value)
+            yield from plug_ins(value, given)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -14,8 +14,9 @@ from rlsys.stages.preference import preference, reward_model
 from rlsys.stages.rl import rl
 from rlsys.stages.sampling import sampling
 from rlsys.stages.sft import sft
+from rlsys.stages.tpo import tpo
 
-STAGES = {"sft": sft, "preference": preference, "reward_model": reward_model, "rl": rl, "eval": evaluation}
+STAGES = {"sft": sft, "preference": preference, "reward_model": reward_model, "tpo": tpo, "rl": rl, "eval": evaluation}
 
 
 def stage_of(config: Config, name: str) -> Callable[[Run, Path], Awaitable[Path]]:

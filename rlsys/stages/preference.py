@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from rlsys.chat import Chat, load_tokenizer
-from rlsys.config import Config, PlugIn
+from rlsys.chat import load_tokenizer
+from rlsys.config import Config, PlugIn, PreferenceConfig
 from rlsys.demonstrations import Demonstration
 from rlsys.errors import DataError
 from rlsys.fleet import LearnerGroup
 from rlsys.grader_text import GraderText
+from rlsys.length_report import write_report
+from rlsys.pair_tokens import PairRollouts, hold_out, on_tokens, told
 from rlsys.pairs import (
+    PairList,
     PreferencePair,
-    labelled_batch,
+    by_label,
     over_labelled,
     over_pairs,
     over_scored_pairs,
     pair_batch,
     with_end,
-    with_logprobs,
 )
 from rlsys.plugins import resolve
 from rlsys.preference import kto
+from rlsys.run_chat import run_chat
 from rlsys.stages.common import Run, load_problems
-from rlsys.stages.offline import Offline, StepData, of_step, to_rollout, train_offline
-from rlsys.types import Rollout, TrainBatch
+from rlsys.stages.offline import Offline, StepData, num_steps, of_step, to_rollout, train_offline
+from rlsys.stages.pair_batches import LabelledData, PairData, Reference
+from rlsys.types import Rollout
 
-_REFERENCE = "reference.npz"
-_AT_A_TIME = 256
-"""Rollouts whose reference log-probs are computed in one call."""
+_SHOWN = ("loss", "accuracy", "reward_margin", "held_out_accuracy", "lr")
+_SHOWN_LABELS = ("loss", "reward_desirable", "reward_undesirable", "held_out_accuracy", "lr")
+_SUMMED_UP = ("accuracy", "held_out_accuracy", "held_out_reward_margin")
 
-_SHOWN = ("loss", "accuracy", "reward_margin", "lr")
+
+class Observer(Protocol):
+    """Who is told while pairs are learned from: before the first step, behind each (what it returns is logged with the
+    step), and behind the last one, before the model is written."""
+
+    async def begin(self, learners: LearnerGroup) -> None: ...
+    async def step(self, step: int, learners: LearnerGroup) -> Mapping[str, float]: ...
+    async def finish(self, step: int, learners: LearnerGroup) -> None: ...
 
 
 async def preference(run: Run, model: Path) -> Path:
-    """Learn from pairs; the model that the stage began with is the reference.
-
-    The reference's log-probs are computed once, before the first step, while the learner still holds that model: no
-    second model is kept. They are saved, so a resumed run goes on with the same numbers.
-    """
-    config, stage = run.config, run.config.preference
+    """Learn from pairs; the model that the stage began with is the reference."""
+    stage = run.config.preference
     assert stage.pairs is not None
-    loss = resolve(stage.loss, place="preference.loss")
-    pairs = _load_pairs(config, stage.pairs, place="preference.pairs")
-    rollouts = _rollouts(pairs, Chat.load(str(model), [], config.chat), config.actors.max_model_tokens)
+    pairs = _load_pairs(run.config, stage.pairs, place="preference.pairs")
+    left, metrics = await train_on_pairs(run, model, pairs, stage=stage, name="preference")
+    _sum_up(run, "preference", metrics)
+    return left
+
+
+async def train_on_pairs(
+    run: Run,
+    model: Path,
+    pairs: Sequence[PreferencePair],
+    *,
+    stage: PreferenceConfig,
+    name: str,
+    observer: Observer | None = None,
+) -> tuple[Path, dict[str, float]]:
+    """Learn from these pairs as `stage` says, in the folder `RUN/name`; returns the model left and the last metrics.
+
+    The reference's log-probs are computed once, before the first step, while the learner still holds `model`: no second
+    model is kept. They are saved, so a resumed run goes on with the same numbers. An `observer` is told of it.
+    """
+    config, place = run.config, f"{name}.pairs"
+    limit = stage.max_tokens or config.actors.max_model_tokens
+    loss = resolve(stage.loss, place=f"{name}.loss")
+    chat = await run_chat(config, str(model))
+    made = on_tokens(
+        pairs, partial(to_rollout, chat=chat), chat=chat, limit=limit, too_long=stage.too_long, place=place
+    )
+    learned, held_out = hold_out(made.rollouts, stage.held_out_share, config.seed, place=place)
+    _report(run, name, made.rollouts, {**_counts_of(pairs), **made.counts, "held_out_pairs": len(held_out)})
+    reference = Reference(run.directory.stage(name) / "reference.npz", model, run.console.say)
+    given: dict[str, Any] = {"stage": stage, "reference": reference, "seed": config.seed}
+    steps = num_steps(stage, len(learned), stage.pairs_per_step)
     if loss is kto:
-        data: Any = _LabelledData(run, rollouts)
-        token_loss = partial(over_labelled, beta=stage.beta)
-        shown: Sequence[str] = ("loss", "reward_desirable", "reward_undesirable", "lr")
+        data: PairData = LabelledData(learned, held_out, limit=limit, place=place, **given)
+        token_loss: Any = partial(over_labelled, beta=stage.beta)
     else:
-        data, shown = _PairData(run, rollouts), _SHOWN
+        data = PairData(learned, held_out, loss=loss, **given)
         token_loss = partial(
             over_pairs,
             loss=loss,
@@ -64,27 +98,55 @@ async def preference(run: Run, model: Path) -> Path:
             gamma=stage.gamma,
             nll_coef=stage.nll_coef,
         )
-    left, metrics = await train_offline(
+
+    async def measure(step: int, learners: LearnerGroup) -> Mapping[str, float]:
+        now = step == steps or (stage.held_out_every and step % stage.held_out_every == 0)
+        seen = {} if observer is None else await observer.step(step, learners)
+        epoch = step * stage.pairs_per_step / len(learned)
+        return {"epoch": epoch, **(await data.measured(learners) if now else {}), **seen}
+
+    async def prepare(learners: LearnerGroup) -> None:
+        await data.prepare(learners)
+        if observer is not None:
+            await observer.begin(learners)
+
+    return await train_offline(
         run,
         model,
         Offline(
-            name="preference", schedule=stage, loss=token_loss, batch=data.batch, prepare=data.prepare, shown=shown
+            name=name,
+            schedule=stage,
+            steps=steps,
+            loss=token_loss,
+            batch=data.batch,
+            prepare=prepare,
+            measure=measure,
+            finish=None if observer is None else observer.finish,
+            refine=by_label if loss is kto else dict,
+            shown=_SHOWN_LABELS if loss is kto else _SHOWN,
         ),
     )
-    run.directory.update_summary(**{f"preference_{name}": metrics[name] for name in ("accuracy",) if name in metrics})
-    return left
 
 
 async def reward_model(run: Run, model: Path) -> Path:
     """Train a scorer on pairs (Bradley-Terry) and leave it in the stage's folder; the policy stays what it was."""
-    config, stage = run.config, run.config.reward_model
+    config, stage, place = run.config, run.config.reward_model, "reward_model.pairs"
     assert stage.pairs is not None
-    pairs = _load_pairs(config, stage.pairs, place="reward_model.pairs")
-    items = list(zip(_graded(pairs, model, config), [pair.margin for pair in pairs], strict=True))
+    pairs = _load_pairs(config, stage.pairs, place=place)
+    made = on_tokens(
+        pairs,
+        as_graded(model),
+        chat=None,
+        limit=config.actors.max_model_tokens,
+        too_long=stage.too_long,
+        place=place,
+    )
+    _report(run, "reward_model", made.rollouts, {**_counts_of(pairs), **made.counts})
+    items = made.rollouts
 
     async def batch(step: int, _learners: LearnerGroup) -> StepData:
         found = of_step(items, step, stage.pairs_per_step, config.seed)
-        return pair_batch([pair for pair, _ in found], margins=[margin for _, margin in found]), {}
+        return pair_batch([pair[:2] for pair in found], margins=[pair.margin for pair in found]), {}
 
     _, metrics = await train_offline(
         run,
@@ -92,36 +154,27 @@ async def reward_model(run: Run, model: Path) -> Path:
         Offline(
             name="reward_model",
             schedule=stage,
+            steps=num_steps(stage, len(items), stage.pairs_per_step),
             loss=over_scored_pairs,
             batch=batch,
             shown=_SHOWN,
             network="scorer",
         ),
     )
-    run.directory.update_summary(**{f"reward_model_{n}": metrics[n] for n in ("accuracy",) if n in metrics})
+    _sum_up(run, "reward_model", metrics)
     return model
 
 
-def _load_pairs(config: Config, source: PlugIn, *, place: str) -> list[PreferencePair]:
+def _load_pairs(config: Config, source: PlugIn, *, place: str) -> Sequence[PreferencePair]:
     make = resolve(source.use, place=f"{place}.use")
-    pairs: list[PreferencePair] = make(load_problems(config, "train"), **source.options)
+    pairs: Sequence[PreferencePair] = make(load_problems(config, "train"), **source.options)
     if not pairs:
         raise DataError(f"{place} gave no pair")
     return pairs
 
 
-def _rollouts(pairs: Sequence[PreferencePair], chat: Chat, limit: int) -> list[tuple[Rollout, Rollout]]:
-    """Chosen and rejected of every pair on the token axis."""
-    found = []
-    for pair in pairs:
-        chosen, rejected = (to_rollout(demonstration, chat) for demonstration in pair.demonstrations)
-        _check_length(pair, chosen, rejected, limit)
-        found.append((chosen, rejected))
-    return found
-
-
-def _graded(pairs: Sequence[PreferencePair], model: Path, config: Config) -> list[tuple[Rollout, Rollout]]:
-    """The same as the reward model will read them: the answer cannot give orders, the template ends behind it."""
+def as_graded(model: Path) -> Any:
+    """An answer as the reward model will read it: it cannot give orders, and the template ends behind it."""
     text = GraderText(load_tokenizer(str(model)), name=str(model))
 
     def rollout(demonstration: Demonstration) -> Rollout:
@@ -136,102 +189,23 @@ def _graded(pairs: Sequence[PreferencePair], model: Path, config: Config) -> lis
             )
         )
 
-    found = []
-    for pair in pairs:
-        chosen, rejected = map(rollout, pair.demonstrations)
-        _check_length(pair, chosen, rejected, config.actors.max_model_tokens)
-        found.append((chosen, rejected))
-    return found
+    return rollout
 
 
-def _check_length(pair: PreferencePair, chosen: Rollout, rejected: Rollout, limit: int) -> None:
-    if (longest := max(len(chosen), len(rejected))) > limit:
-        raise DataError(
-            f"a pair of problem {pair.problem.id!r} has {longest} tokens, more than the context of {limit} "
-            "(actors.max_model_tokens); leave it out or raise the context"
-        )
+def _counts_of(pairs: Sequence[PreferencePair]) -> dict[str, int]:
+    """What the source of the pairs left out, where it says so."""
+    return dict(pairs.counts) if isinstance(pairs, PairList) else {}
 
 
-class _PairData:
-    """Batches of pairs that carry the reference's log-probs."""
-
-    def __init__(self, run: Run, pairs: Sequence[tuple[Rollout, Rollout]]) -> None:
-        self._run, self._pairs, self._stage = run, list(pairs), run.config.preference
-
-    async def prepare(self, learners: LearnerGroup) -> None:
-        """Compute the reference's log-probs, or read what was computed before."""
-        flat = [rollout for pair in self._pairs for rollout in pair]
-        flat = await _with_reference(flat, learners, self._run.directory.stage("preference") / _REFERENCE)
-        self._pairs = list(zip(flat[0::2], flat[1::2], strict=True))
-
-    async def batch(self, step: int, _learners: LearnerGroup) -> StepData:
-        """The pairs of this step."""
-        return pair_batch(of_step(self._pairs, step, self._stage.pairs_per_step, self._run.config.seed)), {}
-
-
-class _LabelledData:
-    """Both answers of each pair with a label of its own, and each problem with the answer to another one.
-
-    The last is what KTO measures its baseline on, with the current policy and over the whole batch.
-    """
-
-    def __init__(self, run: Run, pairs: Sequence[tuple[Rollout, Rollout]]) -> None:
-        self._run, self._stage = run, run.config.preference
-        self._pairs = [
-            (*pair, mismatched(pair[0], other[0])) for pair, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
-        ]
-
-    async def prepare(self, learners: LearnerGroup) -> None:
-        """Compute the reference's log-probs, or read what was computed before."""
-        flat = [rollout for three in self._pairs for rollout in three]
-        flat = await _with_reference(flat, learners, self._run.directory.stage("preference") / _REFERENCE)
-        self._pairs = list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
-
-    async def batch(self, step: int, learners: LearnerGroup) -> StepData:
-        """The answers of this step, and the baseline."""
-        found = of_step(self._pairs, step, self._stage.pairs_per_step, self._run.config.seed)
-        others = [three[2] for three in found]
-        current = await learners.infer(_unlearned(others), temperature=1.0)
-        ratios = [
-            float(logprobs.sum() - rollout.logprobs.sum()) for logprobs, rollout in zip(current, others, strict=True)
-        ]
-        answers = [rollout for three in found for rollout in three[:2]]
-        return labelled_batch(answers, [True, False] * len(found)), {"kl_baseline": max(0.0, float(np.mean(ratios)))}
-
-
-def mismatched(prompt: Rollout, answer: Rollout) -> Rollout:
-    """The prompt of one rollout with what was written after that of another."""
-    begin, end = int(answer.loss_mask.argmax()), int(prompt.loss_mask.argmax())
-    return Rollout(
-        **{
-            name: np.concatenate([getattr(prompt, name)[:end], getattr(answer, name)[begin:]])
-            for name in ("tokens", "loss_mask", "logprobs", "versions")
-        }
+def _report(run: Run, name: str, rollouts: Sequence[PairRollouts], counts: Mapping[str, int]) -> None:
+    """Write what the pairs are, before anything is learned from them, and say it."""
+    report = write_report(run.directory.stage(name), rollouts, counts)
+    lengths = report["lengths"]
+    run.console.say(
+        f"{name}: {len(rollouts)} pairs, chosen {lengths['chosen']['median']:.0f} and rejected "
+        f"{lengths['rejected']['median']:.0f} tokens (medians); {told(counts)}"
     )
 
 
-async def _with_reference(rollouts: Sequence[Rollout], learners: LearnerGroup, path: Path) -> list[Rollout]:
-    """The rollouts with the log-probs of the model that the learner holds now, or of the one that was asked before."""
-    total = sum(map(len, rollouts))
-    if path.exists():
-        flat = np.load(path)["logprobs"]
-        if len(flat) != total:
-            raise DataError(
-                f"{path} has {len(flat)} log-probs for {total} tokens; the pairs changed: begin anew with --fresh"
-            )
-    else:
-        parts = []
-        for first in range(0, len(rollouts), _AT_A_TIME):
-            parts += await learners.infer(_unlearned(rollouts[first : first + _AT_A_TIME]), temperature=1.0)
-        flat = np.concatenate(parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial.npz")
-        np.savez(partial_path, logprobs=flat)
-        partial_path.replace(path)
-    cuts = np.cumsum([len(rollout) for rollout in rollouts])[:-1]
-    return [with_logprobs(rollout, found) for rollout, found in zip(rollouts, np.split(flat, cuts), strict=True)]
-
-
-def _unlearned(rollouts: Sequence[Rollout]) -> TrainBatch:
-    """A batch to be looked at only."""
-    return replace(labelled_batch(rollouts, [True] * len(rollouts)), num_tokens=1)
+def _sum_up(run: Run, name: str, metrics: Mapping[str, float]) -> None:
+    run.directory.update_summary(**{f"{name}_{key}": metrics[key] for key in _SUMMED_UP if key in metrics})

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlsys.errors import DataError
+from rlsys.config import SampleConfig
+from rlsys.errors import CheckpointError, ConfigError, DataError, ResourceError, TrainingStalledError
 from rlsys.plugins import build, resolve
-from rlsys.samplers import Sampler, SamplerContext
-from rlsys.samples import Sample, read_samples, write_samples
-from rlsys.stages.common import Interrupted, Run, load_problems
+from rlsys.records import write_json
+from rlsys.sample_parts import SampleParts, plan_of
+from rlsys.sample_report import filtered, nothing_left, report_of, with_pass_rates
+from rlsys.samplers import SKIPPED, Answers, Sampler, SamplerContext
+from rlsys.samples import Sample, write_samples
+from rlsys.stages.common import Interrupted, Run, load_problems, record_isolation
+from rlsys.stages.shortfall import Shortfall
 from rlsys.types import Problem
+
+_GRACE_SECONDS = 15.0
+"""So long after Ctrl-C answers that are under way may end."""
+
+_TOLD_EVERY_SECONDS = 60.0
+_ENDS_THE_STAGE = (ConfigError, DataError, CheckpointError, ResourceError, TrainingStalledError)
+_MESSAGE_CHARACTERS = 300
 
 
 def sampling(name: str) -> Callable[[Run, Path], Awaitable[Path]]:
@@ -22,71 +36,192 @@ def sampling(name: str) -> Callable[[Run, Path], Awaitable[Path]]:
 
 
 async def _sampling(name: str, run: Run, model: Path) -> Path:
-    stage = run.config.samples[name]
-    place = f"samples.{name}"
-    if stage.problems is None:
-        problems = load_problems(run.config, "train")
-    else:
-        problems = resolve(stage.problems.use, place=f"{place}.problems.use")(**stage.problems.options)
-    problems = problems[: stage.max_problems]
-    parts = run.directory.stage(name) / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    todo = [
-        (parts / f"part-{first:07d}.parquet", problems[first : first + stage.problems_per_part])
-        for first in range(0, len(problems), stage.problems_per_part)
-    ]
-    todo = [(path, some) for path, some in todo if not path.exists()]
+    stage, place = run.config.samples[name], f"samples.{name}"
+    problems = _problems(run, stage, place)
+    parts = SampleParts.open(
+        run.directory.stage(name) / "parts",
+        problems,
+        plan_of(run.config, name, model),
+        size=stage.problems_per_part,
+        place=place,
+    )
+    todo = [position for position in range(len(problems)) if position not in parts.done]
+    if parts.done:
+        run.console.say(f"{name}: {len(problems) - len(todo)} of {len(problems)} problems were answered before")
     if todo:
         sampler: Sampler = build(stage.sampler.use, stage.sampler.options, place=f"{place}.sampler")
         context = SamplerContext(
             config=run.config, stage=name, model=model, sampling=stage.sampling, tell=run.console.say
         )
-        with run.console.waiting(f"{name}: starting the sampler"):
-            await sampler.start(context)
         try:
-            await _sample_parts(run, name, sampler, todo)
+            with run.console.waiting(f"{name}: starting the sampler"):
+                await sampler.start(context)
+        except BaseException:
+            with suppress(Exception):  # it may not close what it did not start, and why it did not start says more
+                await sampler.close()
+            raise
+        try:
+            if (fleet := getattr(sampler, "fleet", None)) is not None:
+                await record_isolation(run, fleet)
+            await Answering(run, name, sampler, parts, problems).through(todo)
         finally:
             await sampler.close()
-    kept, counts = _filtered(run, name, read_samples(parts))
-    write_samples(run.directory.stage(name) / "samples.parquet", kept)
-    run.directory.log(name, 0, counts)
-    run.directory.update_summary(**{f"{name}_samples": len(kept)})
+    await asyncio.to_thread(_finish, run, name, parts, len(problems))
     return model
 
 
-async def _sample_parts(run: Run, name: str, sampler: Sampler, todo: list[tuple[Path, list[Problem]]]) -> None:
-    """Answer the problems of all parts, several parts at a time, and save each when it is whole."""
-    stage = run.config.samples[name]
-    places = asyncio.Semaphore(stage.max_problems_in_flight)
-    with run.console.counting(f"{name}: sampling", total=sum(len(problems) for _, problems in todo)) as tick:
-
-        async def answered(problem: Problem) -> list[Sample]:
-            async with places:
-                if run.stop.is_set():
-                    raise Interrupted(name)
-                samples = await sampler.sample(problem, size=stage.samples_per_problem)
-                tick()
-                return list(samples)
-
-        async def part(path: Path, problems: list[Problem]) -> None:
-            found = await asyncio.gather(*(answered(problem) for problem in problems))
-            await asyncio.to_thread(write_samples, path, [sample for samples in found for sample in samples])
-
-        async with asyncio.TaskGroup() as tasks:
-            for path, problems in todo:
-                tasks.create_task(part(path, problems))
+def _problems(run: Run, stage: SampleConfig, place: str) -> list[Problem]:
+    if stage.problems is None:
+        problems = load_problems(run.config, "train")
+    else:
+        problems = resolve(stage.problems.use, place=f"{place}.problems.use")(**stage.problems.options)
+    problems = problems[: stage.max_problems]
+    if not problems:
+        raise DataError(f"{place}.problems gave no problem")
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise DataError(
+                f"{place}: two problems have the id {problem.id!r}; answers are told apart by it, so give each its own"
+            )
+        seen.add(problem.id)
+    return problems
 
 
-def _filtered(run: Run, name: str, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
-    """What all filters keep, and how many each of them removed."""
-    counts: dict[str, float] = {"samples": float(len(samples))}
-    for index, plug_in in enumerate(run.config.samples[name].filters):
-        function: Any = resolve(plug_in.use, place=f"samples.{name}.filters.{index}.use")
-        kept = list(function(samples, **plug_in.options))
-        counts[f"removed/{index}_{plug_in.use.rpartition(':')[2]}"] = float(len(samples) - len(kept))
-        samples = kept
-    counts["kept"] = float(len(samples))
-    run.console.say(f"{name}: " + ", ".join(f"{key} {value:.0f}" for key, value in counts.items()))
-    if not samples:
-        raise DataError(f"samples.{name}: no sample is left: {counts}")
-    return samples, counts
+class Answering:
+    """Answers problems, so many at a time; what is answered is saved whatever happens to the rest."""
+
+    def __init__(self, run: Run, name: str, sampler: Sampler, parts: SampleParts, problems: Sequence[Problem]) -> None:
+        self._run, self._name, self._sampler, self._parts, self._problems = run, name, sampler, parts, problems
+        self._stage = run.config.samples[name]
+
+    async def through(self, todo: Sequence[int]) -> None:
+        """Answer the problems at these places.
+
+        Raises:
+            Interrupted: the user stopped it.
+            TrainingStalledError: too many answers could not be had, or not be graded.
+        """
+        shortfall = Shortfall(
+            self._run.config, self._name, num_problems=len(self._problems), num_done=len(self._parts.done)
+        )
+        places = iter(todo)
+        self._parts.begin()
+        told = time.monotonic()
+        with self._run.console.counting(f"{self._name}: sampling", total=len(todo)) as tick:
+
+            async def work() -> None:
+                nonlocal told
+                for position in places:
+                    if self._run.stop.is_set():
+                        return
+                    answers = await self._answered(self._problems[position])
+                    tick()
+                    if answers.samples or not _failed(answers):
+                        await self._parts.add(position, answers)
+                    else:  # not in a part, so that `--resume` tries it again
+                        self._parts.note(answers.dropped)
+                    shortfall.add(self._problems[position], answers)
+                    if time.monotonic() - told > _TOLD_EVERY_SECONDS:
+                        told = time.monotonic()
+                        self._run.console.say(f"{self._name}: {self._parts.told}")
+
+            count = min(self._in_flight(), len(todo))
+            await self._all([asyncio.create_task(work()) for _ in range(count)])
+
+    def _in_flight(self) -> int:
+        """Enough problems to keep the sampler busy; more would only wait there, and their deadlines would run."""
+        actors = self._run.config.actors
+        has_engines = getattr(self._sampler, "uses_rollout_actors", True)
+        capacity = getattr(self._sampler, "capacity", actors.count * actors.max_rollouts if has_engines else None)
+        most = self._stage.max_problems_in_flight
+        return most if capacity is None else min(most, 2 * capacity // self._stage.samples_per_problem + 1)
+
+    async def _all(self, tasks: list[asyncio.Task[None]]) -> None:
+        working = asyncio.gather(*tasks)
+        stopping = asyncio.create_task(self._run.stop.wait())
+        try:
+            waited: set[asyncio.Future[Any]] = {working, stopping}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                await asyncio.wait({working}, timeout=_GRACE_SECONDS)
+            if working.done():
+                await working
+            if self._run.stop.is_set():
+                raise Interrupted(f"{self._name}: {self._parts.told}")
+        finally:
+            for task in (*tasks, stopping):
+                task.cancel()
+            await asyncio.gather(*tasks, stopping, working, return_exceptions=True)
+            await self._parts.save()
+
+    async def _answered(self, problem: Problem) -> Answers:
+        """The answers to a problem, tried again where that fails as a whole."""
+        size, seconds = self._stage.samples_per_problem, self._stage.problem_seconds
+        for _ in range(self._stage.retries + 1):
+            try:
+                async with asyncio.timeout(seconds) as limit:
+                    return _checked(await self._sampler.sample(problem, size=size), size)
+            except _ENDS_THE_STAGE:
+                raise
+            except Exception as error:  # of an engine, or of a user's sampler
+                late = isinstance(error, TimeoutError) and limit.expired()
+                said = (
+                    f"no answer within {seconds:g} s (problem_seconds)" if late else f"{type(error).__name__}: {error}"
+                )
+        return Answers(samples=(), dropped={f"failed: {said[:_MESSAGE_CHARACTERS]}": size})
+
+
+def _failed(answers: Answers) -> bool:
+    """Whether trying again could help."""
+    return any(not reason.startswith(("reward_", "prompt_too_long", SKIPPED)) for reason in answers.dropped)
+
+
+def _checked(found: Any, size: int) -> Answers:
+    answers = found if isinstance(found, Answers) else Answers(samples=found)
+    samples = list(answers.samples)
+    if not all(isinstance(sample, Sample) for sample in samples):
+        raise TypeError(f"the sampler gave {found!r:.80}, not samples")
+    missing = size - len(samples) - sum(answers.dropped.values())
+    unsaid = {"not_given: the sampler gave fewer answers": missing} if missing > 0 else {}
+    return Answers(samples=samples, dropped={**answers.dropped, **unsaid})
+
+
+def _finish(run: Run, name: str, parts: SampleParts, num_problems: int) -> None:
+    """Filter what was sampled, write it and say what it is."""
+    stage, folder = run.config.samples[name], run.directory.stage(name)
+    samples = with_pass_rates(parts.samples())
+    kept, steps = filtered(samples, stage.filters, place=f"samples.{name}")
+    report = report_of(
+        samples,
+        kept,
+        steps,
+        num_problems=num_problems,
+        dropped=parts.dropped,
+        messages=parts.messages,
+        seconds=parts.seconds,
+    )
+    write_json(folder / "report.json", {"stage": name, "sampler": stage.sampler.use, **report})
+    if not kept:
+        raise DataError(f"samples.{name}: {nothing_left(steps, parts.dropped, parts.messages)}")
+    write_samples(folder / "samples.parquet", kept, about={"report": report})
+    run.directory.forget_after(name, -1)
+    run.directory.log(name, 0, _metrics(report))
+    removed = ", ".join(f"{step.filter} removed {step.given - step.left}" for step in steps)
+    lost = ", ".join(f"{kind} {count}" for kind, count in parts.dropped.items())
+    run.console.say(
+        f"{name}: {len(kept)} of {len(samples)} samples kept"
+        + (f"; {removed}" if removed else "")
+        + (f"; dropped: {lost}" if lost else "")
+        + f"; report: {folder / 'report.json'}"
+    )
+    run.directory.update_summary(**{f"{name}_samples": len(kept)})
+
+
+def _metrics(report: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a report that are worth a line among the run's metrics."""
+    found = {key: report[key] for key in ("problems", "samples", "kept", "acceptance", "correct", "tokens_per_second")}
+    found |= {"tokens": report["tokens"]["written"], "response_tokens": report["lengths"]["written"]["mean"]}
+    found |= {f"removed/{index}_{step['filter']}": step["removed"] for index, step in enumerate(report["filters"])}
+    found |= {f"dropped/{kind}": about["answers"] for kind, about in report["dropped"].items()}
+    return {key: float(value) for key, value in found.items() if value is not None}

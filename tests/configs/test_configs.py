@@ -1,4 +1,4 @@
-"""Every file in `configs/` loads, is valid, and names only things that exist."""
+"""Every file in `configs/` loads, is valid, and names only things that exist; so does every experiment's every run."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import rlsys.run
 from rlsys.config import Config
 from rlsys.config_file import load_config, to_yaml
 from rlsys.errors import ConfigError
+from rlsys.reproduce.experiment import load_experiment
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 PATHS = sorted(FOLDER.glob("*.yaml"))
@@ -79,7 +80,62 @@ def test_the_1_5b_preset_has_the_numbers_of_the_paper() -> None:
     assert config.rl.reference_every > 0
 
 
+def test_the_tool_preset_has_the_numbers_of_the_paper() -> None:
+    config = load(FOLDER / "still3_tool_32b.yaml")
+    sft, optimizer = config.sft, config.sft.optimizer
+    assert (sft.epochs, sft.demonstrations_per_step, sft.max_tokens) == (17, 96, 20_000)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup_share, optimizer.schedule) == (
+        1e-5,
+        0.1,
+        0.1,
+        "cosine",
+    )
+    assert config.tools[0].options == {"timeout_seconds": 5, "max_output_characters": 400}
+    assert config.samples["blocks"].sampler.options["max_blocks"] == 3
+    assert (config.eval.samples_per_problem, config.eval.sampling.temperature, config.eval.sampling.top_p) == (
+        8,
+        0.6,
+        0.95,
+    )
+
+
 def test_the_32b_preset_has_its_second_stage_by_override() -> None:
     overrides = ["actors.max_model_tokens=20480", "rl.sampling.max_response_tokens=19456"]
     config = load_config(FOLDER / "still3_zero_32b.yaml", [*overrides, "eval.sampling.max_response_tokens=19456"])
     assert config.learners.max_tokens_per_micro_batch == 20480
+
+
+EXPERIMENTS = sorted((FOLDER / "miniature").glob("*.yaml"))
+RUNS = [(path, run) for path in EXPERIMENTS for run in load_experiment(path).runs]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_loads_names_its_paper_and_says_where_it_departs(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem
+    assert experiment.paper
+    assert experiment.compare
+    comment = path.read_text().partition("\nname:")[0]
+    assert comment.startswith("# ")
+    assert "arXiv" in comment
+    assert "Departs from it" in comment
+
+
+@pytest.mark.parametrize(("path", "run"), RUNS, ids=lambda value: getattr(value, "stem", value))
+def test_each_run_of_an_experiment_is_a_config_whose_references_and_options_exist(
+    path: Path, run: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rlsys.run, "load_tokenizer", lambda _: None)
+    config = load_experiment(path).config_of(run, 3, tmp_path)
+    rlsys.run.check(config)
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "copy.yaml") == config
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_fits_on_two_cores(path: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(path)
+    for run in experiment.runs:
+        config = experiment.config_of(run, 0, tmp_path)
+        assert config.actors.count * config.actors.cpus + config.learners.count * config.learners.cpus <= 2
+        assert config.actors.gpus == config.learners.gpus == 0

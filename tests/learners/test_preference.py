@@ -11,7 +11,7 @@ import pytest
 
 from rlsys import preference
 from rlsys.chat import Chat, load_tokenizer
-from rlsys.config import Config, DataConfig, LearnersConfig, ModelConfig, OptimizerConfig, PlugIn, RewardConfig
+from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.learners.fsdp import FsdpLearner
 from rlsys.packing import shard, unpack
 from rlsys.pair_data import arithmetic_pairs
@@ -19,7 +19,7 @@ from rlsys.pairs import labelled_batch, over_labelled, over_pairs, over_scored_p
 from rlsys.rewards.reward_model import RewardModel
 from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.stages.offline import to_rollout
-from rlsys.stages.preference import _graded
+from rlsys.stages.preference import as_graded
 from rlsys.types import Problem, Rollout, TrainBatch
 from tests.learners.ranks import free_ports
 
@@ -132,14 +132,8 @@ def test_a_reward_model_learns_to_prefer_and_scores_alike_where_it_is_loaded(
     model: Path, start: Callable[..., FsdpLearner], tmp_path: Path
 ) -> None:
     learner = start(over_scored_pairs, network="scorer")
-    config = Config(
-        name="pairs",
-        model=ModelConfig(path=str(model)),
-        data=DataConfig(train=PlugIn(use="a:b"), held_out=PlugIn(use="a:b")),
-        rewards=[RewardConfig(use="a:b")],
-    )
-    pairs = _graded(PAIRS, model, config)
-    batch = pair_batch(pairs)
+    render = as_graded(model)
+    batch = pair_batch([(render(chosen), render(rejected)) for chosen, rejected in (p.demonstrations for p in PAIRS)])
     lines = [step(learner, batch) for _ in range(STEPS)]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert lines[-1]["accuracy"] == 1.0
@@ -150,7 +144,7 @@ def test_a_reward_model_learns_to_prefer_and_scores_alike_where_it_is_loaded(
         reward = RewardModel(path=str(tmp_path / "scorer"))
         await reward.start()
         answers = [(pair.problem, demonstration.text) for pair in PAIRS for demonstration in pair.demonstrations]
-        found = [(await reward.score(problem, text, pairs[0][0])).score for problem, text in answers]
+        found = [(await reward.score(problem, text, batch.rollouts[0])).score for problem, text in answers]
         await reward.close()
         return found
 

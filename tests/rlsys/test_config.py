@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import Config, RlConfig
-from rlsys.config_file import flatten, load_config, origins, to_yaml
+from rlsys.config import Config, PlugIn, RlConfig
+from rlsys.config_file import flatten, load_config, origins, read_tree, structure, to_yaml
 from rlsys.errors import ConfigError
 from rlsys.scratch import ScratchModel
 
@@ -73,7 +73,7 @@ def test_a_misspelt_key_names_the_file_and_the_nearest_key(
         load(file, more, *overrides)
     message = str(caught.value)
     assert message.startswith(f"{file}: Key ")
-    assert nearest is None or f"Did you mean: '{nearest}'" in message
+    assert nearest is None or f"'{nearest}'" in message.partition("Did you mean")[2]
     assert "\n" not in message
 
 
@@ -108,7 +108,7 @@ def test_a_value_of_the_wrong_type_names_the_file_and_the_key(file: Path, more: 
         ("", ["rl.updates_per_step=65"], "more than the rollouts of one step"),
         ("", ["rl.sampling.max_response_tokens=512"], "leaves no room for a prompt in actors.max_model_tokens"),
         ("", ["eval.sampling.max_response_tokens=600"], "eval.sampling.max_response_tokens"),
-        ("", ["stages=[rl,tune]"], "unknown stage 'tune'; known: sft, preference, reward_model, rl, eval"),
+        ("", ["stages=[rl,tune]"], "unknown stage 'tune'; known: sft, preference, reward_model, tpo, rl, eval"),
         ("", ["stages=[]"], "stages is empty"),
         ("", ["stages=[rl,rl]"], "names a stage twice"),
         ("", ["stages=[sft]"], "sft.demonstrations is not set"),
@@ -191,6 +191,29 @@ def test_origins_give_the_file_and_line_or_the_command_line(file: Path) -> None:
     assert found["stages"] == f"{file}:15"
     assert found["rl.group_size"] == found["seed"] == "command line"
     assert "rl.groups_per_step" not in found
+
+
+def test_the_keys_of_a_mapping_given_on_the_command_line_come_from_there(file: Path) -> None:
+    load(file, "")
+    found = origins(file, ["rl.response_tokens={1: 64, 20: 96}", "tools=[{use: 'a:b'}]", "trackers=[]", "run_dir="])
+    for key in ("rl.response_tokens.1", "rl.response_tokens.20", "tools.0.use", "trackers", "run_dir"):
+        assert found[key] == "command line"
+
+
+def test_another_plug_in_does_not_inherit_the_options_of_the_one_before_it(file: Path) -> None:
+    load(file, "")
+    trees = [
+        read_tree(file),
+        {"rl": {"steps": 3}, "sft": {"demonstrations": {"use": "a:b", "options": {"old": 1, "kept": {"x": 1}}}}},
+        {"sft": {"demonstrations": {"use": "a:b", "options": {"kept": {"y": 2}}}}},
+    ]
+    same = structure(Config, trees, place="here")
+    assert same.sft.demonstrations is not None
+    assert same.sft.demonstrations.options == {"old": 1, "kept": {"x": 1, "y": 2}}
+    another = {"sft": {"demonstrations": {"use": "c:d", "options": {"new": 2}}}}
+    other = structure(Config, [*trees, another], place="here")
+    assert other.sft.demonstrations == PlugIn(use="c:d", options={"new": 2})
+    assert other.rl.steps == 3
 
 
 def test_origins_use_the_keys_of_flatten(file: Path) -> None:

@@ -16,6 +16,7 @@ from rlsys.errors import DataError
 from rlsys.losses import LossInputs
 from rlsys.packing import MicroBatch, shard
 from rlsys.pair_data import arithmetic_pairs, table_pairs
+from rlsys.pair_tokens import mismatched
 from rlsys.pairs import (
     PreferencePair,
     labelled_batch,
@@ -26,7 +27,6 @@ from rlsys.pairs import (
     with_end,
     with_logprobs,
 )
-from rlsys.stages.preference import mismatched
 from rlsys.types import Problem, Rollout, TrainBatch
 
 PROBLEM = Problem(id="p", prompt=({"role": "user", "content": "1 + 1?"},), answer="2", metadata={"expression": "1 + 1"})

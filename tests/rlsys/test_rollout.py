@@ -1,21 +1,26 @@
 """The agent loop with a scripted engine: what is trained on, what the budgets allow, how it is graded."""
 
+import ast
 import asyncio
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import rlsys.stages
 from rlsys.chat import Chat
 from rlsys.config import SamplingConfig
+from rlsys.demonstrations import Segments
 from rlsys.errors import ResourceError, RewardError, ToolError
 from rlsys.interfaces import RewardResult, Session, ToolResult
 from rlsys.reward_terms import RewardTerm
 from rlsys.rollout import mean_metrics, run_rollout
 from rlsys.scratch import byte_tokenizer
+from rlsys.thinking_words import thinking_ratios
 from rlsys.types import Completion, Problem, Rollout
 
 TOKENIZER = byte_tokenizer()
@@ -96,6 +101,7 @@ def run(
     reward: Any = zero,
     max_model_tokens: int = 512,
     tool_format: str = "fenced",
+    prefix: Segments = (),
     **sampling: Any,
 ) -> Rollout | None:
     chat = Chat(TOKENIZER, [] if tool is None else [tool], tool_format=tool_format)
@@ -109,6 +115,7 @@ def run(
             sampling=SamplingConfig(**sampling),
             max_model_tokens=max_model_tokens,
             rollout_id="group-0",
+            prefix=prefix,
         )
     )
 
@@ -369,6 +376,115 @@ def test_several_calls_in_one_turn_count_against_the_budget_together() -> None:
     assert (rollout.finish_reason, tool.calls) == ("turns", [])
 
 
+# --- a turn that was begun ------------------------------------------------------------------------------------------
+
+HINT = "<think>\nSo it is 3. Let me check.\n```python\n"
+BEGUN: Segments = ((CALL, True), ("```output\n2\n```\n", False), ("Again.\n```python\n", True))
+
+
+def encoded(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False)
+    return ids
+
+
+def test_a_fence_that_the_prefix_leaves_open_is_closed_by_the_policy_and_its_code_is_run() -> None:
+    engine, tool = FakeEngine("1 + 1\n```\n", "\\boxed{2}<|im_end|>"), FakeTool()
+    seen: list[str] = []
+
+    def look(problem: Problem, response: str) -> float:  # noqa: ARG001
+        seen.append(response)
+        return 0.0
+
+    rollout = finished(run(engine, tool=tool, reward=look, prefix=((HINT, True),)))
+    assert tool.calls == ["1 + 1"]
+    assert engine.prompts[0] == [*PROMPT, *encoded(HINT)]
+    first, second = engine.written
+    assert rollout.tokens.tolist() == [*PROMPT, *encoded(HINT), *first, *OUTPUT, *second]
+    assert seen == [rollout.response] == [HINT + "1 + 1\n```\n\\boxed{2}"]
+
+
+def test_trained_segments_of_a_prefix_train_without_a_log_prob_or_a_version_and_others_do_not() -> None:
+    engine = FakeEngine("1\n```\n", "\\boxed{2}<|im_end|>")
+    rollout = finished(run(engine, tool=FakeTool(), prefix=BEGUN))
+    begun = [token for text, _ in BEGUN for token in encoded(text)]
+    mask = [trained for text, trained in BEGUN for _ in encoded(text)]
+    behind = slice(len(PROMPT), len(PROMPT) + len(begun))
+    assert rollout.tokens[behind].tolist() == begun
+    assert rollout.loss_mask[behind].tolist() == mask
+    assert set(rollout.versions[behind].tolist()) == {-1}
+    assert not rollout.logprobs[behind].any()
+    assert rollout.first_version == -1, "no step of RL takes it: it counts as older than any weights"
+    assert rollout.response == CALL + "Again.\n```python\n1\n```\n\\boxed{2}"
+    assert rollout.num_trained_tokens == sum(mask) + sum(map(len, engine.written))
+
+
+def test_calls_of_a_prefix_are_made_again_in_the_session_of_the_rollout_and_counted() -> None:
+    engine, tool = FakeEngine("1\n```\n", "\\boxed{2}<|im_end|>"), FakeTool()
+    rollout = finished(run(engine, tool=tool, prefix=BEGUN))
+    assert tool.calls == ["1 + 1", "1"]
+    assert (tool.opened, tool.closed) == (["group-0"], 1)
+    assert rollout.metrics["tool_calls"] == 2
+    assert len(engine.prompts) == 2, "the engine is asked for nothing that stands there"
+
+
+def test_calls_of_a_prefix_count_in_the_budget_of_calls() -> None:
+    tool = FakeTool()
+    rollout = finished(run(FakeEngine("1\n```\n"), tool=tool, prefix=BEGUN, max_tool_calls=1))
+    assert (rollout.finish_reason, tool.calls) == ("turns", ["1 + 1"])
+
+
+def test_a_call_that_answers_otherwise_than_the_prefix_says_is_an_error_of_the_tool() -> None:
+    tool = FakeTool("3")
+    with pytest.raises(ToolError, match=r"'python' did not answer again what stands in the prefix .*output\\n2"):
+        run(FakeEngine("1\n```\n"), tool=tool, prefix=BEGUN)
+    assert tool.closed == 1
+
+
+def test_calls_of_a_prefix_in_the_template_s_form_are_made_again_too() -> None:
+    said = '<tool_call>{"name": "python", "arguments": {"code": "1 + 1"}}</tool_call><|im_end|>'
+    tool = FakeTool()
+    result = "\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n"
+    prefix = ((said, True), (result, False), ("So", True))
+    rollout = finished(run(FakeEngine(" 2<|im_end|>"), tool=tool, tool_format="template", prefix=prefix))
+    assert tool.calls == ["1 + 1"]
+    assert rollout.transcript.endswith(said + result + "So 2<|im_end|>")
+
+
+def test_without_tools_a_block_in_the_prefix_is_text() -> None:
+    rollout = finished(run(FakeEngine("1 + 1\n```\n\\boxed{2}<|im_end|>"), prefix=((HINT, True),)))
+    assert rollout.loss_mask[len(PROMPT) :].all()
+    assert rollout.metrics["tool_calls"] == 0
+
+
+def test_a_prefix_counts_in_the_budget_of_tokens() -> None:
+    length = len(encoded(HINT))
+    engine = FakeEngine("a" * 100)
+    rollout = finished(run(engine, prefix=((HINT, True),), max_response_tokens=length + 7))
+    assert len(rollout) == len(PROMPT) + length + 7
+    assert engine.samplings[0]["max_tokens"] == 7
+    assert rollout.finish_reason == "length"
+
+
+def test_a_prefix_that_leaves_no_room_gives_none_and_asks_neither_engine_nor_tool() -> None:
+    begun = sum(len(encoded(text)) for text, _ in BEGUN)
+    engine, tool = FakeEngine("a<|im_end|>"), FakeTool()
+    assert run(engine, tool=tool, prefix=BEGUN, max_response_tokens=begun) is None
+    assert run(engine, tool=tool, prefix=BEGUN, max_model_tokens=len(PROMPT) + begun) is None
+    assert (engine.prompts, tool.calls) == ([], [])
+    assert run(engine, tool=tool, prefix=BEGUN, max_response_tokens=begun + 1) is not None
+
+
+def test_no_stage_that_learns_or_measures_gives_a_prefix() -> None:
+    folder = Path(rlsys.stages.__file__).parent
+    calls = [
+        (path.name, node.lineno)
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "prefix"
+    ]
+    assert calls == [], "what nobody generated has no log-probs to compare with"
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -477,3 +593,12 @@ def test_means_of_a_batch_worked_by_hand() -> None:
     assert found["tool_error_rate"] == 0.5
     assert found["status/right/length"] == pytest.approx(1 / 3)
     assert mean_metrics([]) == {}
+
+
+def test_the_share_of_responses_that_verify_reflect_or_correct_is_counted() -> None:
+    responses = ["Wait, I verify that.", "I confirmed it. Double-check!", "It is incorrect.", "HOWEVER: adjusting"]
+    assert thinking_ratios(responses) == {"words/verification": 0.5, "words/reflection": 0.5, "words/correction": 0.25}
+    assert thinking_ratios([]) == {}
+    rollout = finished(run(FakeEngine("Wait<|im_end|>")))
+    found = mean_metrics([rollout])
+    assert (found["words/verification"], found["words/reflection"], found["words/correction"]) == (0.0, 1.0, 0.0)

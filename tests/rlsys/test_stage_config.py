@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlsys.config import CriticConfig, RlConfig
+from rlsys.config import CriticConfig, OptimizerConfig, RlConfig
 from rlsys.config_file import load_config, to_yaml
 from rlsys.errors import ConfigError
 from rlsys.run import _demands
@@ -83,3 +83,12 @@ def test_the_ranks_of_a_critic_are_asked_of_the_cluster_where_the_stage_runs() -
     assert [demand.what for demand in _demands(config, ["sft"])] == ["learner rank"]
     without = load_config(QUICKSTART)
     assert "critic rank" not in [demand.what for demand in _demands(without, ["sft", "rl", "eval"])]
+
+
+def test_a_warm_up_may_be_a_share_of_the_steps() -> None:
+    assert OptimizerConfig(warmup_share=0.1).warmup_of(250) == 25
+    assert OptimizerConfig(warmup_steps=7).warmup_of(250) == 7
+    with pytest.raises(ConfigError, match=r"warmup_steps \(7\) and warmup_share \(0\.1\) say one thing twice"):
+        OptimizerConfig(warmup_steps=7, warmup_share=0.1)
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_share is 1; a share of the steps"):
+        OptimizerConfig(warmup_share=1.0)

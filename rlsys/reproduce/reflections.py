@@ -1,0 +1,64 @@
+"""Program-written chains of thought that turn ("Wait, ..."), with and without code: material to put code into."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from rlsys.demonstrations import CLOSING, DIRECT_OPENINGS, TOOL_OPENINGS, Demonstration, Segments
+from rlsys.errors import ConfigError, DataError
+from rlsys.miniature_data import partial_sums
+from rlsys.types import Problem
+
+KINDS = ("direct", "run", "unrun")
+"""`direct`: partial sums from the head, the last one behind a turn. `run`: a block of code, and its output. `unrun`: a
+block of code that nobody runs, and the result from the head."""
+
+TURNS = ("Wait,", "However,")
+"""Words with which a chain of thought turns."""
+
+
+def reflective_demonstrations(
+    problems: Sequence[Problem], *, size: int, seed: int, shares: Mapping[str, float]
+) -> list[Demonstration]:
+    """`size` demonstrations, all true; `shares` are those of `KINDS`, and need not add up to 1.
+
+    Problems need `metadata["expression"]`, a Python expression whose value is the answer (reasoning-gym's chain_sum and
+    products have one). They are gone through in a random order, again where `size` is larger.
+
+    Raises:
+        ConfigError: there are no problems, or a share is of no kind or below 0.
+        DataError: a problem has no expression or no answer.
+    """
+    if not problems or not set(shares) <= set(KINDS) or min(shares.values(), default=0) < 0 or not sum(shares.values()):
+        raise ConfigError(
+            f"reflective_demonstrations: need problems and shares of {', '.join(KINDS)}, none below 0 and one above; "
+            f"got {len(problems)} problems and shares={dict(shares)}"
+        )
+    generator = random.Random(seed)
+    order: list[Problem] = []
+    while len(order) < size:
+        order += generator.sample(problems, len(problems))
+    kinds = generator.choices(list(shares), weights=list(shares.values()), k=size)
+    return [
+        Demonstration(problem=problem, segments=_turn(problem, kind, generator))
+        for problem, kind in zip(order, kinds, strict=False)
+    ]
+
+
+def _turn(problem: Problem, kind: str, generator: random.Random) -> Segments:
+    expression, answer = problem.metadata.get("expression"), problem.answer
+    if not isinstance(expression, str) or answer is None:
+        raise DataError(
+            f"problem {problem.id!r} has no metadata['expression'] or no answer; "
+            "use tasks that have both, such as reasoning-gym's chain_sum and products"
+        )
+    end = f"{CLOSING}</think>\n\\boxed{{{answer}}}"
+    lines = partial_sums(problem)
+    if kind == "direct":
+        lines[-1] = f"{generator.choice(TURNS)} {lines[-1]}"
+        return (("\n".join(["<think>", generator.choice(DIRECT_OPENINGS), *lines, end]), True),)
+    block = f"<think>\n{generator.choice(TOOL_OPENINGS)}\n```python\n{expression}\n```\n"
+    if kind == "run":
+        return ((block, True), (f"```output\n{answer}\n```\n", False), (end, True))
+    return ((block + "\n".join([*lines, end]), True),)
