@@ -15,6 +15,7 @@ from rlsys.run_chat import run_chat
 from rlsys.run_rewards import RunRewards
 from rlsys.samplers import SKIPPED, Answers, SamplerContext
 from rlsys.samples import Sample
+from rlsys.stages.common import load_problems
 from rlsys.stages.offline import to_rollout
 from rlsys.types import Problem
 
@@ -25,8 +26,8 @@ class GivenAnswers:
     """A sampler that writes nothing: it finds the answers to a problem among demonstrations, and grades them.
 
     Args:
-        demonstrations: A source as of `sft.demonstrations`: `{use: ..., options: {...}}`, called with no problems.
-            An answer belongs to the problem that has its prompt.
+        demonstrations: A source as of `sft.demonstrations`: `{use: ..., options: {...}}`, called with the
+            training problems. An answer belongs to the problem that has its prompt.
     """
 
     uses_rollout_actors = False
@@ -42,7 +43,7 @@ class GivenAnswers:
 
     async def start(self, context: SamplerContext) -> None:
         """Read the answers and start the rewards."""
-        found: Sequence[Demonstration] = self._make([], **self._options)
+        found: Sequence[Demonstration] = self._make(load_problems(context.config, "train"), **self._options)
         if not found:
             raise DataError(f"samples.{context.stage}: {self._use} gave no answer")
         self._answers: dict[str, list[Demonstration]] = defaultdict(list)

@@ -21,10 +21,10 @@ _MORE_CHECKS = "Wait, check this:"
 def sum_demonstrations(
     problems: Sequence[Problem], *, size: int, seed: int, styles: Mapping[str, float], checks: int = 2
 ) -> list[Demonstration]:
-    """`size` demonstrations, all true; `styles` are the shares of `STYLES`, and `checked` says it all `checks` more times.
+    """`size` demonstrations, all true; `styles` are shares of `STYLES`, and `checked` says it all `checks` more times.
 
-    Problems need `metadata["expression"]`, a sum or difference of numbers, as reasoning-gym's chain_sum has it. They are
-    gone through in a random order, again with new styles where `size` is larger.
+    Problems need `metadata["expression"]`, a sum or difference of numbers, as reasoning-gym's chain_sum has it. They
+    are gone through in a random order, again with new styles where `size` is larger.
     """
     if not problems or not styles or not set(styles) <= set(STYLES) or min(styles.values()) < 0 or checks < 1:
         raise ConfigError(

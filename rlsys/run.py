@@ -224,10 +224,10 @@ def _demands(config: Config, stages: list[str]) -> list[cluster.Demand]:
     """What the stages need at one time."""
     demands = []
     acting = set(stages) - {"sft", "preference", "reward_model"}
-    if acting:
-        demands += pool_demands(config)
     if any(_has_rollout_actors(config, stage) for stage in acting):
         demands.append(rollout_demand(config))
+    if acting:
+        demands += pool_demands(config)
     if _OPTIMIZERS.keys() & set(stages):
         demands.append(learner_demand(config))
     if "rl" in stages and config.rl.critic is not None:

@@ -11,8 +11,8 @@ from rlsys.miniature_data import partial_sums
 from rlsys.types import Problem
 
 KINDS = ("direct", "run", "unrun")
-"""`direct`: partial sums from the head, the last one behind a turn. `run`: a block of code, and its output. `unrun`: a
-block of code that nobody runs, and the result from the head."""
+"""`direct`: partial sums from the head, the last one behind a turn. `run`: a block of code, perhaps behind such a sum,
+and its output. `unrun`: such a block that nobody runs, and all partial sums behind it."""
 
 TURNS = ("Wait,", "However,")
 """Words with which a chain of thought turns."""
@@ -58,7 +58,8 @@ def _turn(problem: Problem, kind: str, generator: random.Random) -> Segments:
     if kind == "direct":
         lines[-1] = f"{generator.choice(TURNS)} {lines[-1]}"
         return (("\n".join(["<think>", generator.choice(DIRECT_OPENINGS), *lines, end]), True),)
-    block = f"<think>\n{generator.choice(TOOL_OPENINGS)}\n```python\n{expression}\n```\n"
+    begun = lines[: generator.randrange(len(lines))]  # code may come at any place
+    block = "\n".join(["<think>", *begun, generator.choice(TOOL_OPENINGS), f"```python\n{expression}\n```\n"])
     if kind == "run":
         return ((block, True), (f"```output\n{answer}\n```\n", False), (end, True))
     return ((block + "\n".join([*lines, end]), True),)

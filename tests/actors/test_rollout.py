@@ -14,6 +14,7 @@ from rlsys import function_tool
 from rlsys.actors.rollout import RolloutActor
 from rlsys.chat import Chat
 from rlsys.config_file import load_config
+from rlsys.demonstrations import Segments
 from rlsys.errors import ToolError, TrainingStalledError
 from rlsys.scratch import byte_tokenizer
 from rlsys.types import Completion, Problem, RolloutGroup
@@ -99,8 +100,8 @@ class Silent:
         """Nothing was frozen."""
 
 
-def act(rewards: str, folder: Path, *words: str, version: int = 0) -> RolloutGroup:
-    """A group of rollouts that say these words, after so many policy steps."""
+def act(rewards: str, folder: Path, *words: str, version: int = 0, prefix: Segments = ()) -> RolloutGroup:
+    """A group of rollouts that say these words behind a prefix, after so many policy steps."""
     text = CONFIG.replace('rewards: [{name: digits, use: "stack_plugins:share_of_digits"}]', f"rewards: [{rewards}]")
     (folder / "actor.yaml").write_text(text.replace('tools: [{use: "rlsys.function_tool:look_up"}]', ""))
     config = load_config(folder / "actor.yaml")
@@ -111,7 +112,8 @@ def act(rewards: str, folder: Path, *words: str, version: int = 0) -> RolloutGro
         actor._chat = Chat(TOKENIZER, [], tool_format="template")
         await actor.resume(version)
         problem = Problem(id="p", prompt=({"role": "user", "content": "?"},))
-        return await actor.act(problem, size=len(words), sampling=config.rl.sampling, group_id="group")
+        sampling = config.rl.sampling
+        return await actor.act(problem, size=len(words), sampling=sampling, group_id="group", prefix=prefix)
 
     return asyncio.run(main())
 
@@ -132,6 +134,18 @@ def test_a_group_is_compared_after_its_rollouts_were_graded_with_the_weights_of_
     assert group.rewards.tolist() == expected
     assert [rollout.reward_terms["ranks"] for rollout in group.rollouts] == [0.0, 0.5]
     assert all(rollout.metrics["reward_seconds"] >= 0 for rollout in group.rollouts)
+
+
+def test_all_siblings_go_on_behind_the_prefix_and_are_graded_with_it(tmp_path: Path) -> None:
+    group = act(LENGTH, tmp_path, "a", "abc", prefix=(("Wait, ", True), ("read", False), ("so ", True)))
+    assert [rollout.response for rollout in group.rollouts] == ["Wait, so a", "Wait, so abc"]
+    assert group.rewards.tolist() == [len("Wait, so a"), len("Wait, so abc")]
+    assert [rollout.first_version for rollout in group.rollouts] == [-1, -1]
+
+
+def test_a_prefix_without_room_behind_it_is_counted_as_a_prompt_that_is_too_long(tmp_path: Path) -> None:
+    group = act(LENGTH, tmp_path, "a", "b", prefix=(("long " * 200, True),))
+    assert (group.rollouts, group.dropped) == ((), {"prompt_too_long": 2})
 
 
 def test_siblings_that_a_reward_failed_are_dropped_by_status_and_the_rest_is_compared(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists
 
-from rlsys.actors.scheduler import _Async, _Plain, _ReportOnce, report_once_scheduler
+from rlsys.actors.scheduler import _Async, _Plain, _ReportOnce, report_once_scheduler, spare_seeds
 
 
 class Parent:
@@ -120,6 +120,29 @@ def test_it_takes_the_place_of_the_scheduler_that_vllm_would_use(
     chosen: list[type] = []
     for kind in (_Async, _Plain):
         monkeypatch.setattr(kind, "__init__", lambda self, **_: chosen.append(type(self)))
-    settings = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=asynchronous))
+    settings = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
+        device_config=SimpleNamespace(device_type="cuda"),
+    )
     report_once_scheduler(vllm_config=settings, kv_cache_config=None)
     assert chosen == [expected]
+
+
+def test_a_generator_is_spared_where_the_token_is_thrown_away_and_is_there_again_afterwards() -> None:
+    used: list[list[int]] = []
+
+    class FakeRunner:
+        def __init__(self) -> None:
+            self.input_batch = SimpleNamespace(num_reqs=3, generators={0: "first", 2: "third"})
+            self.discard_request_mask = SimpleNamespace(np=np.array([True, False, False, True]))
+
+        def sample_tokens(self) -> str:
+            used.append(sorted(self.input_batch.generators))
+            return "sampled"
+
+    for _ in range(2):  # made known once for each engine of a process
+        spare_seeds(FakeRunner)
+    runner = FakeRunner()
+    assert runner.sample_tokens() == "sampled"
+    assert used == [[2]]
+    assert runner.input_batch.generators == {0: "first", 2: "third"}

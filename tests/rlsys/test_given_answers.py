@@ -27,8 +27,13 @@ def ends_with_answer(problem: Problem, response: str) -> float:
     return float(response.endswith(str(problem.answer)))
 
 
-def some_answers(_problems: Sequence[Problem], *, texts: Sequence[str], turns: bool = False) -> list[Demonstration]:
+def some_problems() -> list[Problem]:
+    return [problem("p"), problem("q")]
+
+
+def some_answers(problems: Sequence[Problem], *, texts: Sequence[str], turns: bool = False) -> list[Demonstration]:
     """The source of this test: answers to `p`, without its right answer."""
+    assert [one.id for one in problems] == ["p", "q"]
     asked = Problem(id="row-1", prompt=problem("p").prompt)
     if turns:
         return [Demonstration(problem=asked, turns=({"role": "assistant", "content": "x"},))]
@@ -37,7 +42,7 @@ def some_answers(_problems: Sequence[Problem], *, texts: Sequence[str], turns: b
 
 def found(tmp_path: Path, asked: Problem, size: int, **options: Any) -> Answers:
     byte_tokenizer().save_pretrained(tmp_path)
-    source = {"use": "a:b"}
+    source = {"use": f"{__name__}:some_problems"}
     config = structure(
         Config,
         [

@@ -53,6 +53,8 @@ def test_answers_of_an_engine_train_on_the_very_tokens_that_it_generated(
     directory = RunDirectory.open(config, resume=False, fresh=False)
 
     async def go() -> None:
+        # Whoever had the engines before may have left them frozen, as a failed weight update does.
+        await stack.fleet.call_all("resume", 1000, seconds=60)
         run = Run(config=config, directory=directory, console=Console(), stop=asyncio.Event())
         await stage_of(config, "own")(run, Path(stack.model))
 

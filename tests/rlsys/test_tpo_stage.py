@@ -412,7 +412,7 @@ def test_on_real_engines_and_learners_a_killed_run_goes_on_and_the_policy_become
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "tpo_1: 12 of 12 problems were answered before" in resumed.stdout
-    assert "tpo_1: going on from step 4" in resumed.stdout
+    assert re.search(r"tpo_1: going on from step [246]", resumed.stdout), resumed.stdout
     for number in (1, 2):
         assert [line["step"] for line in found(f"tpo_{number}")] == list(range(1, 9))
         assert found(f"tpo_{number}")[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the reference is where it began"
