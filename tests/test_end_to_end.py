@@ -170,6 +170,7 @@ def test_a_mistake_in_the_configuration_is_one_message(tmp_path: Path, overrides
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_preference_and_a_reward_model_are_stages_that_leave_what_they_say(tmp_path: Path) -> None:
     run = tmp_path / "run"
