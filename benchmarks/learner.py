@@ -160,8 +160,8 @@ def same(label: str, one: Callable[[], float], policy: Policy, other: Callable[[
     return difference
 
 
-async def case(name: str, prompt_tokens: int, vocabulary: int, folder: Path, options: Any) -> dict[str, Any]:
-    """All sides on one shape."""
+def untrained_model(folder: Path, vocabulary: int) -> None:
+    """A Qwen2-shaped model of 6 layers with random weights, always the same ones."""
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -174,6 +174,11 @@ async def case(name: str, prompt_tokens: int, vocabulary: int, folder: Path, opt
     )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+async def case(name: str, prompt_tokens: int, vocabulary: int, folder: Path, options: Any) -> dict[str, Any]:
+    """All sides on one shape."""
+    untrained_model(folder, vocabulary)
     policy = Policy.load(str(folder))
     peer = Policy(AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="sdpa"))
     own, groups = (batch(prompt_tokens, vocabulary, own_prompts=flag) for flag in (True, False))

@@ -36,10 +36,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import common
 from benchmarks.common import Sample, must, say
+from benchmarks.learner import untrained_model
 from benchmarks.ours import config_for, problems, tiny_model
 from benchmarks.rollout import Raw
 from rlsys import cluster, losses, preference
@@ -96,18 +96,7 @@ class Learner:
     """The one learner of the race."""
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-        )
-        torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+        untrained_model(folder, VOCABULARY)
         self._max_tokens, self._switched = max_tokens, Switched()
         self._learner = FsdpLearner(
             model_path=str(folder), config=LearnersConfig(count=1, cpus=1), rank=0, world_size=1

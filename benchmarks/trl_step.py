@@ -40,11 +40,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import common
 from benchmarks.common import Sample, must, say
-from benchmarks.learner import MAX_TOKENS, batch, ours
+from benchmarks.learner import MAX_TOKENS, batch, ours, untrained_model
 from benchmarks.setup_trl import FOLDER
 from rlsys.learners.host import keep_freed_memory
 from rlsys.learners.model import Policy, to_tensors
@@ -114,18 +113,7 @@ def prompts_of(num_tokens: int) -> list[str]:
 
 def make_model(folder: Path) -> Path:
     """The model and a tokenizer, which a trainer wants and which nothing here uses."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    untrained_model(folder, VOCABULARY)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -98,22 +98,28 @@ def arithmetic_demonstrations(
     if not problems or not 0 <= tool_share <= 1:
         raise ConfigError(f"need problems and a tool_share in [0, 1], got {len(problems)} and {tool_share}")
     generator = random.Random(seed)
-    order: list[Problem] = []
-    while len(order) < size:
-        order += generator.sample(problems, len(problems))
+    order = drawn(problems, size, generator)
     calls = [index < round(size * tool_share) for index in range(size)]
     generator.shuffle(calls)
     return [
         Demonstration(problem=problem, segments=(_call if call else _direct)(problem, generator))
-        for problem, call in zip(order, calls, strict=False)
+        for problem, call in zip(order, calls, strict=True)
     ]
+
+
+def drawn(problems: Sequence[Problem], size: int, generator: random.Random) -> list[Problem]:
+    """`size` of the problems in a random order; all of them again, in another order, where there are fewer."""
+    order: list[Problem] = []
+    while len(order) < size:
+        order += generator.sample(problems, len(problems))
+    return order[:size]
 
 
 def _call(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool], ...]:
     """A Python call, its result (not trained) and the answer."""
     opening = generator.choice(TOOL_OPENINGS)
     return (
-        (f"<think>\n{opening}\n```python\n{_expression(problem)}\n```\n", True),
+        (f"<think>\n{opening}\n```python\n{expression_of(problem)}\n```\n", True),
         (f"```output\n{problem.answer}\n```\n", False),
         (f"{CLOSING}</think>\n\\boxed{{{problem.answer}}}", True),
     )
@@ -125,7 +131,8 @@ def _direct(problem: Problem, generator: random.Random) -> tuple[tuple[str, bool
     return ((f"<think>\n{opening} {problem.answer}\n{CLOSING}</think>\n\\boxed{{{problem.answer}}}", True),)
 
 
-def _expression(problem: Problem) -> str:
+def expression_of(problem: Problem) -> str:
+    """The Python expression whose value is the answer; DataError where the problem has none."""
     expression = problem.metadata.get("expression")
     if not isinstance(expression, str) or problem.answer is None:
         raise DataError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from rlsys.demonstrations import CLOSING, DIRECT_OPENINGS, TOOL_OPENINGS, Demonstration, Segments
-from rlsys.errors import ConfigError, DataError
-from rlsys.miniature_data import partial_sums
+from rlsys.demonstrations import CLOSING, DIRECT_OPENINGS, TOOL_OPENINGS, Demonstration, Segments, drawn, expression_of
+from rlsys.errors import ConfigError
+from rlsys.reproduce.sums import partial_sums
 from rlsys.types import Problem
 
 KINDS = ("direct", "run", "unrun")
@@ -36,23 +36,16 @@ def reflective_demonstrations(
             f"got {len(problems)} problems and shares={dict(shares)}"
         )
     generator = random.Random(seed)
-    order: list[Problem] = []
-    while len(order) < size:
-        order += generator.sample(problems, len(problems))
+    order = drawn(problems, size, generator)
     kinds = generator.choices(list(shares), weights=list(shares.values()), k=size)
     return [
         Demonstration(problem=problem, segments=_turn(problem, kind, generator))
-        for problem, kind in zip(order, kinds, strict=False)
+        for problem, kind in zip(order, kinds, strict=True)
     ]
 
 
 def _turn(problem: Problem, kind: str, generator: random.Random) -> Segments:
-    expression, answer = problem.metadata.get("expression"), problem.answer
-    if not isinstance(expression, str) or answer is None:
-        raise DataError(
-            f"problem {problem.id!r} has no metadata['expression'] or no answer; "
-            "use tasks that have both, such as reasoning-gym's chain_sum and products"
-        )
+    expression, answer = expression_of(problem), problem.answer
     end = f"{CLOSING}</think>\n\\boxed{{{answer}}}"
     lines = partial_sums(problem)
     if kind == "direct":

@@ -12,7 +12,7 @@ from rlsys.config_file import structure
 from rlsys.demonstrations import Demonstration
 from rlsys.errors import ConfigError, DataError
 from rlsys.given_answers import NO_ANSWER, GivenAnswers
-from rlsys.miniature_data import partial_sums, sum_demonstrations
+from rlsys.reproduce.sums import partial_sums, sum_demonstrations
 from rlsys.samplers import Answers, SamplerContext
 from rlsys.scratch import byte_tokenizer
 from rlsys.types import Problem

@@ -16,12 +16,12 @@ from rlsys.chat import Chat
 from rlsys.config import PoolConfig, RewardConfig, SamplingConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.interfaces import RewardResult
+from rlsys.reproduce.hidden_thoughts import thought_demonstrations
 from rlsys.reward_terms import RewardTerm, grade_group
 from rlsys.rewards.judge import JudgeReward, PairwiseJudge, Verdict
 from rlsys.rollout import mean_metrics, run_rollout
 from rlsys.samples import sample_of
 from rlsys.scratch import byte_tokenizer
-from rlsys.thought_data import thought_demonstrations
 from rlsys.thoughts import ThoughtConfig, Thoughts, shown, shown_group
 from rlsys.types import Completion, Problem, Rollout, RolloutGroup
 

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from rlsys.demonstrations import CLOSING, Demonstration
+from rlsys.demonstrations import CLOSING, Demonstration, drawn
 from rlsys.errors import ConfigError, DataError
 from rlsys.types import Problem
 
@@ -34,13 +34,11 @@ def sum_demonstrations(
     if not sum(styles.values()) > 0:
         raise ConfigError(f"sum_demonstrations: the shares in styles={dict(styles)} are all 0; give one that is not")
     generator = random.Random(seed)
-    order: list[Problem] = []
-    while len(order) < size:
-        order += generator.sample(problems, len(problems))
+    order = drawn(problems, size, generator)
     chosen = generator.choices(list(styles), weights=list(styles.values()), k=size)
     return [
         Demonstration(problem=problem, segments=((_turn(problem, style, checks), True),))
-        for problem, style in zip(order, chosen, strict=False)
+        for problem, style in zip(order, chosen, strict=True)
     ]
 
 

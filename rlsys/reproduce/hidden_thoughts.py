@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlsys.demonstrations import DIRECT_OPENINGS, Demonstration
+from rlsys.demonstrations import DIRECT_OPENINGS, Demonstration, drawn
 from rlsys.errors import ConfigError
-from rlsys.miniature_data import partial_sums
+from rlsys.reproduce.sums import partial_sums
 from rlsys.thoughts import ThoughtConfig, Thoughts
 from rlsys.types import Problem
 
@@ -47,11 +47,9 @@ def thought_demonstrations(
             f"there must be problems ({len(problems)})"
         )
     thoughts, generator = Thoughts(ThoughtConfig(**thought)), random.Random(seed)
-    order: list[Problem] = []
-    while len(order) < size:
-        order += generator.sample(problems, len(problems))
+    order = drawn(problems, size, generator)
     styles = generator.choices(list(shares), weights=list(shares.values()), k=size)
-    return [_demonstration(problem, style, thoughts, generator) for problem, style in zip(order, styles, strict=False)]
+    return [_demonstration(problem, style, thoughts, generator) for problem, style in zip(order, styles, strict=True)]
 
 
 def _demonstration(problem: Problem, style: str, thoughts: Thoughts, generator: random.Random) -> Demonstration:
