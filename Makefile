@@ -3,7 +3,8 @@
 #   make quickstart   train the small model of configs/quickstart.yaml on this machine
 #   make test         lint, types and the quick tests
 #
-# and `make test-slow` runs the tests that take minutes. On a machine with GPUs add EXTRA=gpu.
+# `make test-slow` runs the tests that take minutes, `make chaos` those that kill again and again what they run.
+# On a machine with GPUs add EXTRA=gpu.
 # Needs Python 3.11 to 3.13 with its venv module (another one: make PYTHON=python3.12 ...); everything else goes to .venv.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 INSTALLED_DEV := .venv/.installed-$(EXTRA)-dev
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow
+.PHONY: help quickstart test test-slow chaos
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -27,10 +28,13 @@ test: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not chaos and not gpu"
 
 test-slow: $(INSTALLED_DEV)
 	$(BIN)/pytest -m "slow and not gpu"
+
+chaos: $(INSTALLED_DEV)
+	$(BIN)/pytest -m "chaos and not gpu"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || { \

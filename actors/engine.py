@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlsys.config import ActorsConfig
-from rlsys.errors import ActorError
+from rlsys.errors import ActorError, EngineDiedError
+from rlsys.shared_weights import SharedPlace
 from rlsys.types import Completion
 from rlsys.weights import GLOO_BACKEND, NCCL_BACKEND, WeightGroup, WeightPlan
+
+PROGRESS_VARIABLE = "RLSYS_PROGRESS_FILE"
+"""Where the scheduler finds the number in which it counts tokens."""
 
 
 class VllmEngine:
@@ -34,7 +41,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.backend = NCCL_BACKEND if config.gpus else GLOO_BACKEND
-        self._gloo_seconds = config.sync_seconds
+        self._sync_seconds = config.sync_seconds
         self._ids = itertools.count()
         options: dict[str, Any] = {
             "model": model_path,
@@ -52,7 +59,9 @@ class VllmEngine:
             "disable_log_stats": True,
             **config.engine_options,
         }
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        self._running = 0
+        with progress_file() as self._progress:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
 
     async def start(self) -> None:
         """Mark the weights that the engine was made with as version 0; for those that no learner updates."""
@@ -82,38 +91,61 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = None
-        async for output in self._llm.generate(
-            {"prompt_token_ids": list(prompt)}, parameters, request_id=str(next(self._ids))
-        ):
-            final = output
+        self._running += 1
+        try:
+            with _while_it_lives():
+                async for output in self._llm.generate(
+                    {"prompt_token_ids": list(prompt)}, parameters, request_id=str(next(self._ids))
+                ):
+                    final = output
+        finally:
+            self._running -= 1
         assert final is not None
         return _to_completion(final.outputs[0])
 
+    async def pulse(self) -> dict[str, float]:
+        """A sign of life: `tokens` that were written so far, and how many generations are `running`.
+
+        Raises:
+            EngineDiedError: the engine's own process has ended.
+        """
+        if self._llm.errored:
+            raise EngineDiedError("the engine's own process has ended; its log says why")
+        return {"tokens": float(self._progress[0]), "running": float(self._running)}
+
     async def pause(self) -> None:
         """Freeze what is being generated and forget cached prefixes, which belong to the old weights."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        with _while_it_lives():
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
 
     async def resume(self, version: int) -> None:
         """Go on; from here every token is marked with `version`."""
-        await self._llm.update_weight_version(str(version))
-        await self._llm.resume_generation()
+        with _while_it_lives():
+            await self._llm.update_weight_version(str(version))
+            await self._llm.resume_generation()
 
     async def open_weights(self, group: WeightGroup, *, rank: int) -> None:
         """Meet the learner at `group`; this engine's first worker has `rank`."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = {**asdict(group), "rank_offset": rank}
-        info |= {"seconds": self._gloo_seconds} if self.backend == GLOO_BACKEND else {"packed": True}
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        info |= {"seconds": self._sync_seconds} if self.backend == GLOO_BACKEND else {"packed": True}
+        with _while_it_lives():
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
-    async def receive_weights(self, plan: WeightPlan) -> dict[str, int]:
-        """Receive and load one full set of weights (the engine must be paused); returns checksums of what arrived."""
+    async def receive_weights(self, plan: WeightPlan, *, published: SharedPlace | None = None) -> dict[str, int]:
+        """Receive and load one full set of weights (the engine must be paused); returns checksums of what arrived.
+
+        What was `published` by a learner on this host is read there: it need not send, nor have met this engine.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=asdict(plan)))
-        await self._llm.finish_weight_update()
-        workers = await self._llm.collective_rpc("received_checksums")
+        info = asdict(plan) | ({} if published is None else {"published": asdict(published)})
+        with _while_it_lives():
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+            await self._llm.finish_weight_update()
+            workers = await self._llm.collective_rpc("received_checksums")
         if any(worker != workers[0] for worker in workers[1:]):
             raise ActorError("the workers of one engine received different weights")
         return dict(workers[0])
@@ -122,6 +154,33 @@ class VllmEngine:
         """End the engine's processes."""
         self._llm.shutdown()
         del self._llm  # vLLM keeps the frame that made it alive; at the interpreter's end its `__del__` would fail
+
+
+@contextmanager
+def _while_it_lives() -> Iterator[None]:
+    """vLLM's word that the engine's own process has ended becomes ours: its host can do nothing any more."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDiedError("the engine's own process has ended; its log says why") from error
+
+
+@contextmanager
+def progress_file() -> Iterator[NDArray[np.int64]]:
+    """A number that the scheduler, in the engine's process, counts written tokens with and this process reads.
+
+    It is shared memory: a file that both have mapped, and that has no name any more once the engine has started.
+    """
+    with tempfile.NamedTemporaryFile(prefix="rlsys-progress-") as file:
+        file.write(bytes(8))
+        file.flush()
+        os.environ[PROGRESS_VARIABLE] = file.name
+        try:
+            yield np.memmap(file.name, dtype=np.int64, shape=(1,))
+        finally:
+            del os.environ[PROGRESS_VARIABLE]
 
 
 def _to_completion(output: Any) -> Completion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from rlsys.remote_reward import RemoteGroupReward, RemoteReward, remote_term
 from rlsys.remote_tool import RemoteTool
 from rlsys.reward_terms import RewardTerm, grade_group, reason
 from rlsys.rollout import run_rollout
-from rlsys.types import Problem, RolloutGroup
+from rlsys.types import GIVEN_UP, Problem, Rollout, RolloutGroup
 from rlsys.weights import WeightGroup, WeightPlan
 
 
@@ -61,13 +61,12 @@ class RolloutActor:
             await run_hook(plug_in, "start")
         # Now, because a tool may learn from its server what it is called with.
         self._chat = Chat.load(self._model_path, self._tools, self._config.chat)
-        from rlsys.actors.engine import VllmEngine
-
-        self._engine = VllmEngine(
+        engine_class = resolve(self._config.actors.engine, place="actors.engine")
+        self._engine = engine_class(
             model_path=self._model_path, config=self._config.actors, seed=self._config.seed + self._index
         )
         await self._engine.resume(0)
-        return self._engine.backend
+        return str(self._engine.backend)
 
     async def isolation(self) -> dict[str, str]:
         """The tier of every tool and reward that runs here and has one."""
@@ -76,21 +75,34 @@ class RolloutActor:
             found |= term.isolation
         return found
 
+    async def pulse(self) -> dict[str, float]:
+        """A sign of life: `tokens` that the engine has written so far, and how many generations are `running`."""
+        pulse: dict[str, float] = await self._engine.pulse()
+        return pulse
+
     async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
         """From now on, use these actors of the plug-in that has this place in the configuration."""
         self._pooled[place].use_actors(actors)
 
     async def act(
-        self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str, prefix: Segments = ()
+        self,
+        problem: Problem,
+        *,
+        size: int,
+        sampling: SamplingConfig,
+        group_id: str,
+        prefix: Segments = (),
+        give_up_after: int = 0,
     ) -> RolloutGroup:
         """`size` graded attempts at the problem, side by side; those that a tool or a reward failed are counted.
 
         Each goes on behind `prefix`, the beginning of the turn (see `run_rollout`).
-        What compares siblings grades last, those that are left. All weigh their terms as of now.
+        What compares siblings grades last, those that are left. All weigh their terms as of now. With `give_up_after`
+        the group may be given up, see `_siblings`: then it has the first so many siblings, the others are counted.
         """
         version = self._version
-        attempts = await asyncio.gather(
-            *(
+        attempts = await _siblings(
+            (
                 run_rollout(
                     problem,
                     engine=self._engine,
@@ -104,9 +116,9 @@ class RolloutActor:
                 )
                 for number in range(size)
             ),
-            return_exceptions=True,
+            give_up_after=give_up_after,
         )
-        dropped: Counter[str] = Counter()
+        dropped = Counter({GIVEN_UP: size - len(attempts)} if len(attempts) < size else {})
         rollouts = []
         for attempt in attempts:
             if attempt is None:
@@ -142,7 +154,8 @@ class RolloutActor:
 
     async def receive_weights(self, plan: WeightPlan) -> dict[str, int]:
         """Receive one set of weights; returns the checksum of every tensor."""
-        return await self._engine.receive_weights(plan)
+        received: dict[str, int] = await self._engine.receive_weights(plan)
+        return received
 
     async def close(self) -> None:
         """End the engine's processes and what the plug-ins hold."""
@@ -150,3 +163,27 @@ class RolloutActor:
             for plug_in in self._plug_ins:
                 stack.push_async_callback(run_hook, plug_in, "close")
             self._engine.close()
+
+
+async def _siblings(
+    rollouts: Iterable[Coroutine[Any, Any, Rollout | None]], *, give_up_after: int
+) -> list[Rollout | BaseException | None]:
+    """What became of each of these rollouts, side by side; of the first `give_up_after` alone, where it gave them up.
+
+    It does once those are graded, all of them, with one reward: then the group would hardly be informative, and the
+    others are ended. Those by number decide, not those that end first, and nothing else does: so whether a group is
+    given up does not depend on how long its answers are.
+    """
+    tasks = [asyncio.ensure_future(rollout) for rollout in rollouts]
+    first, others = tasks[:give_up_after], tasks[give_up_after:]
+    found: list[Rollout | BaseException | None]
+    try:
+        found = await asyncio.gather(*first, return_exceptions=True)
+        rewards = [rollout.reward for rollout in found if isinstance(rollout, Rollout)]
+        if give_up_after and len(rewards) == give_up_after and len(set(rewards)) == 1:
+            return found
+        return found + await asyncio.gather(*others, return_exceptions=True)
+    finally:
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)

@@ -13,6 +13,7 @@ compare every log-prob and version with the learner's, run on them.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
+
+from rlsys.actors.engine import PROGRESS_VARIABLE
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -35,11 +38,14 @@ class _ReportOnce(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: dict[str, list[EngineCoreOutput]] = {}
+        shared = os.environ.get(PROGRESS_VARIABLE)
+        self._written = np.memmap(shared, dtype=np.int64, shape=(1,)) if shared else np.zeros(1, dtype=np.int64)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """As the parent does, without the outputs that can wait."""
         batches: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
         for batch in batches.values():
+            self._written[0] += sum(len(output.new_token_ids) for output in batch.outputs)
             batch.outputs = [ready for output in batch.outputs if (ready := self._ready(output)) is not None]
         if self._pausing:
             for request_id in list(self._held):

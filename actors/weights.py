@@ -1,18 +1,19 @@
-"""The engine's end of the weight transfer, registered with vLLM through its `vllm.general_plugins` entry point.
+"""vLLM's end of the weight transfer, registered with it through its `vllm.general_plugins` entry point.
 
-Runs inside vLLM's worker process. Both engines are vLLM's lifecycle with one addition: what was received is summed up
-before it is loaded, so that the driver can compare it with what was sent.
+Runs inside vLLM's worker process. Both engines are vLLM's lifecycle with two additions: what was received is summed up,
+so that the driver can compare it with what was sent, and a transfer that failed may be followed by another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -22,12 +23,14 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rlsys.weights import GLOO_BACKEND, NCCL_BACKEND, WeightGroup, broadcast, checksum, join_gloo_group
+from rlsys.actors.receivers import WeightReceiver, open_receiver
+from rlsys.shared_weights import SharedPlace, SharedReader
+from rlsys.weights import GLOO_BACKEND, NCCL_BACKEND, WeightGroup, WeightPlan, checksum
 
 
 def register() -> None:
     """Make both back ends known to vLLM; called in every process that vLLM starts, perhaps more than once."""
-    for name, engine in ((GLOO_BACKEND, GlooWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
+    for name, engine in ((GLOO_BACKEND, CpuWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, engine)
 
@@ -45,6 +48,16 @@ def refresh_shared_head(model: Any, received: Mapping[str, int]) -> None:
     with torch.no_grad():
         head.weight.data.copy_(embedding.weight.data)
     head.quant_method.process_weights_after_loading(head)
+
+
+@contextmanager
+def _whole_again(engine: Any) -> Iterator[None]:
+    """Where receiving fails: end the update, so that vLLM can begin another; what the model holds is not defined."""
+    try:
+        yield
+    except BaseException:
+        finalize_layerwise_reload(engine.model, engine.model_config)
+        raise
 
 
 class _SummingModel:
@@ -65,7 +78,7 @@ class _SummingModel:
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+class CpuInitInfo(WeightTransferInitInfo):
     """Where the group meets and which rank this engine's first worker has."""
 
     master_address: str
@@ -76,23 +89,24 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The plan: names, number formats and shapes in the order of sending."""
+class CpuUpdateInfo(WeightTransferUpdateInfo):
+    """The plan: names, number formats and shapes in the order of sending; and where to read what was sent before."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    published: dict[str, Any] | None = None
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives weights over gloo, one broadcast for each tensor."""
+class CpuWeightTransferEngine(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
+    """Receives weights over gloo, or reads them where a learner on this host has written them."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = CpuInitInfo
+    update_info_cls = CpuUpdateInfo
     received: dict[str, int]
-    _group: ProcessGroupGloo | None = None
+    _receiver: WeightReceiver | None = None
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    def init_transfer_engine(self, init_info: CpuInitInfo) -> None:
         """Join the group of the learner."""
         self.shutdown()
         rank = init_info.rank_offset + self.parallel_config.rank
@@ -101,21 +115,28 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             master_port=init_info.master_port,
             world_size=init_info.world_size,
         )
-        self._group = join_gloo_group(group, rank=rank, seconds=init_info.seconds)
+        self._receiver = open_receiver(group, rank=rank, seconds=init_info.seconds)
 
     def start_weight_update(self) -> None:
         """Undo the layouts that loading made (CPU linear layers are repacked), so that plain weights fit again."""
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive, sum up and load every tensor of the plan."""
-        assert self._group is not None, "init_transfer_engine comes first"
-        self.received = {}
-        model = _SummingModel(self.model, self.received)
-        for name, dtype_name, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))
-            broadcast(tensor, self._group)
-            model.load_weights([(name, tensor.to(self.device))])
+    def receive_weights(self, update_info: CpuUpdateInfo) -> None:
+        """Receive, sum up and load every tensor of the plan; loading goes on while the last one is summed up."""
+        plan = WeightPlan(names=update_info.names, dtype_names=update_info.dtype_names, shapes=update_info.shapes)
+        with _whole_again(self), ThreadPoolExecutor(1, thread_name_prefix="rlsys-weights-sum") as thread:
+            sums = {}
+            for name, tensor in self._tensors(plan, update_info.published):
+                sums[name] = thread.submit(checksum, tensor)
+                self.model.load_weights([(name, tensor.to(self.device))])  # type: ignore[operator]
+            self.received = {name: value.result() for name, value in sums.items()}
+
+    def _tensors(self, plan: WeightPlan, published: dict[str, Any] | None) -> Iterator[tuple[str, Tensor]]:
+        if published is not None:
+            place = SharedPlace(**published)
+            return SharedReader(place).read(place.serial, plan, seconds=0)
+        assert self._receiver is not None, "init_transfer_engine comes first"
+        return self._receiver.receive(plan)
 
     def finish_weight_update(self) -> None:
         """Make the layouts anew."""
@@ -124,9 +145,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def shutdown(self) -> None:
         """Leave the group."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
 
 
 class ProvedNcclEngine(NCCLWeightTransferEngine):
@@ -143,11 +164,12 @@ class ProvedNcclEngine(NCCLWeightTransferEngine):
         """As the parent does, summing up each tensor on its way into the model."""
         self.received = {}
         model = self.model
-        self.model = _SummingModel(model, self.received)  # type: ignore[assignment]
-        try:
-            super().receive_weights(update_info)
-        finally:
-            self.model = model
+        with _whole_again(self):
+            self.model = _SummingModel(model, self.received)  # type: ignore[assignment]
+            try:
+                super().receive_weights(update_info)
+            finally:
+                self.model = model
 
 
 class WorkerExtension:

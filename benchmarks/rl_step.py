@@ -41,7 +41,8 @@ from benchmarks.ours import config_for, problems, stopping_model, tiny_model
 from benchmarks.peer import Peer, Settings
 from rlsys import cluster
 from rlsys.advantages import grpo
-from rlsys.fleet import LearnerGroup, RolloutFleet
+from rlsys.fleet import RolloutFleet
+from rlsys.learner_group import LearnerGroup
 from rlsys.loop import Loop, LoopState
 from rlsys.stages.common import assemble
 from rlsys.types import Problem, Rollout, RolloutGroup, TrainBatch

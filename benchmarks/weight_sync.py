@@ -40,7 +40,8 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.chat import Chat
 from rlsys.cluster import Actor, Demand
 from rlsys.config import ChatConfig
-from rlsys.fleet import LearnerGroup, RolloutFleet
+from rlsys.fleet import RolloutFleet
+from rlsys.learner_group import LearnerGroup
 from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.weights import WeightPlan
 

@@ -22,9 +22,10 @@ from rlsys.learners.host import keep_freed_memory, own_address
 from rlsys.learners.kernels import use_kernels
 from rlsys.learners.model import PackedNetwork, Policy, Scorer, to_tensors
 from rlsys.learners.optimizers import learning_rate
-from rlsys.learners.sender import WeightSender, open_sender
+from rlsys.learners.sender import SharedSender, WeightSender, open_sender
 from rlsys.losses import LossInputs, LossOutputs
 from rlsys.packing import MicroBatch
+from rlsys.shared_weights import SharedPlace, SharedWriter
 from rlsys.types import NetworkKind
 from rlsys.weights import WeightGroup, WeightPlan
 
@@ -50,6 +51,7 @@ class Learner(ABC):
         self._step = 0
         self._skipped_in_a_row = 0
         self._sender: WeightSender | None = None
+        self._memory: SharedWriter | None = None
         self._policy: PackedNetwork
         self._reference: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._reference_moved = False
@@ -176,7 +178,8 @@ class Learner(ABC):
             self._open_reference(self._load_policy().eval().requires_grad_(False))
         names = [name for name, _ in self._named_parameters()]
         self._shapes = dict(zip(names, shapes, strict=True))
-        return WeightPlan(names=names, dtype_names=[self._config.dtype] * len(names), shapes=shapes)
+        self._plan = WeightPlan(names=names, dtype_names=[self._config.dtype] * len(names), shapes=shapes)
+        return self._plan
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies by the policy."""
@@ -351,17 +354,31 @@ class Learner(ABC):
 
     def open_weights(self, group: WeightGroup, *, backend: str, timeout: float) -> None:
         """Meet the engines; only rank 0 sends, the others help to gather."""
-        if self._sender is not None:
-            self._sender.close()
-        self._sender = open_sender(backend, group, seconds=timeout, device=self._device) if self._rank == 0 else None
+        self.leave_weights()
+        if self._rank == 0:
+            self._memory = self._memory or SharedWriter.where_it_fits(self._plan)
+            self._sender = open_sender(backend, group, seconds=timeout, device=self._device, memory=self._memory)
+            if not isinstance(self._sender, SharedSender):
+                self._give_memory_back()
 
     def send_weights(self) -> dict[str, int]:
         """Send every parameter in the planned order; returns the checksum of each (empty but on rank 0)."""
+        weights = self._full_weights()
+        try:
+            return {} if self._sender is None else self._sender.send(weights)
+        finally:
+            for _ in weights:  # the ranks gather together, also what can no longer be sent
+                continue
+
+    def published_weights(self) -> SharedPlace | None:
+        """Where an engine on this host may read what was sent last, whenever it likes; None where nothing is shared."""
+        return None if self._memory is None else self._memory.published
+
+    def leave_weights(self) -> None:
+        """Leave the engines' group; who still waits for weights there fails at once."""
         if self._sender is not None:
-            return self._sender.send(self._full_weights())
-        for _ in self._full_weights():
-            continue
-        return {}
+            self._sender.close()
+            self._sender = None
 
     def export(self, folder: str) -> None:
         """Write a `save_pretrained` folder, tokenizer included; every rank takes part, rank 0 writes."""
@@ -375,11 +392,15 @@ class Learner(ABC):
             _copy_tokenizer(self._model_path, folder)
         dist.barrier()
 
+    def _give_memory_back(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
     def close(self) -> None:
         """Leave all groups."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        self.leave_weights()
+        self._give_memory_back()
         if dist.is_initialized():
             dist.destroy_process_group()
 

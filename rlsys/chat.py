@@ -124,10 +124,13 @@ class Chat:
         Raises:
             DataError: there is no message that the thought prompt could go to.
         """
+        return self.encode(self._render(self.messages(problem)))
+
+    def messages(self, problem: Problem) -> list[dict[str, Any]]:
+        """The messages that the prompt is made of; raises as `render` does."""
         if self.thoughts is not None:
-            return self.encode(self._render(self.thoughts.instruct(problem)))
-        text = self._render([dict(message) for message in problem.prompt])
-        return self.encode(text)
+            return self.thoughts.instruct(problem)
+        return [dict(message) for message in problem.prompt]
 
     def hide_thought(self, rollout: Rollout) -> Rollout:
         """The rollout with its thought hidden from rewards, if there is one to hide (see `Thoughts.hide`)."""

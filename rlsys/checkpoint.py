@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +80,11 @@ class CheckpointStore:
                 tell(f"passing over {folder}: {error}")
         return None
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, valid or not."""
+        return [_step(folder) for folder in self._all()]
+
     def _undo_replacements(self) -> None:
         """Give back its name to a checkpoint that was set aside for another of its step, which never came."""
         for replaced in self._folder.glob("step-*.replaced"):
@@ -125,7 +131,8 @@ class CheckpointWriter:
     async def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint of how things are now; waits for the one before it first."""
         await self.finish()
-        draft = await asyncio.to_thread(self._store.draft, step)
+        with _writing(step):
+            draft = await asyncio.to_thread(self._store.draft, step)
         await asyncio.gather(*(part.save(draft / name) for name, part in self._parts.items()))
         self._writing = asyncio.create_task(self._write(draft, step, copy.deepcopy(dict(state))))
 
@@ -133,7 +140,7 @@ class CheckpointWriter:
         """Return when nothing is being written any more.
 
         Raises:
-            RlsysError, OSError: the last save failed; the checkpoint before it is still the newest.
+            CheckpointError: the last save failed, also for a full disk; the checkpoint before it is still the newest.
         """
         if self._writing is None:
             return
@@ -145,7 +152,8 @@ class CheckpointWriter:
 
     async def _write(self, draft: Path, step: int, state: dict[str, Any]) -> None:
         await asyncio.gather(*(part.saved() for part in self._parts.values()))
-        await asyncio.to_thread(self._store.commit, draft, step=step, state=state)
+        with _writing(step):
+            await asyncio.to_thread(self._store.commit, draft, step=step, state=state)
 
     async def __aenter__(self) -> CheckpointWriter:
         return self
@@ -159,6 +167,18 @@ class CheckpointWriter:
             await asyncio.wait_for(self.finish(), _LAST_WAIT_SECONDS)
         except (RlsysError, OSError, TimeoutError) as failure:  # the error that is on its way out says more
             self._tell(f"the last checkpoint was not written: {type(failure).__name__}: {failure}")
+
+
+@contextmanager
+def _writing(step: int) -> Iterator[None]:
+    """What the disk refuses becomes an error that a user can read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written ({error}); the one before it is still there: make "
+            "room and go on with --resume"
+        ) from error
 
 
 def check_same_model(folder: str, *, saved: Mapping[str, Sequence[int]], mine: Mapping[str, Sequence[int]]) -> None:

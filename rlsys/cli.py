@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -118,6 +119,83 @@ def submit(
             )
         arguments.append(f"run_dir={run_dir.absolute()}")
     raise typer.Exit(submit_job(arguments, address=address, wait=wait))
+
+
+@app.command()
+def simulate(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; with --fit by default that of the run.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Rollout workers (actors.count).", min=1)] = None,
+    learner_gpus: Annotated[int | None, typer.Option(help="Learner ranks (learners.count).", min=1)] = None,
+    faults: Annotated[float | None, typer.Option(help="Mean hours between two deaths of one worker.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Policy steps; 20, or as many as the run of --fit.", min=1)] = None,
+    fit: Annotated[Path | None, typer.Option(help="Take the models' numbers from this run's directory.")] = None,
+) -> None:
+    """Predict a run of CONFIG in virtual time: the real loop and fleet on modelled engines, learners and networks.
+
+    What is printed is simulated, never measured. The models' numbers are the section `simulate` of CONFIG, or with
+    --fit those of a real run; without CONFIG that run itself is simulated and compared with what it measured.
+    """
+    from rlsys.simulate.command import run as run_simulation
+
+    more = list(overrides or [])
+    if fit is not None and config is not None and "=" in str(config):  # no CONFIG, so that is the first override
+        config, more = None, [str(config), *more]
+    run_simulation(config, more, workers=workers, learner_gpus=learner_gpus, faults=faults, steps=steps, fitted=fit)
+
+
+RunPath = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", show_default=False)]
+
+
+@app.command()
+def scale(
+    run: RunPath,
+    rollouts: Annotated[str | None, typer.Option(help="How many rollout workers.", show_default=False)] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="How many actors of a reward: N or NAME=N.", show_default=False)
+    ] = None,
+    tools: Annotated[
+        list[str] | None, typer.Option(help="How many actors of a tool: N or NAME=N.", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for the run to say whether it can.", min=1)] = 60.0,
+    wait: Annotated[bool, typer.Option(help="Wait until the new workers serve and the surplus has left.")] = True,
+) -> None:
+    """Give a live RUN more or fewer workers; training goes on meanwhile.
+
+    What comes later begins as configured: the next stage, and the run when it is resumed.
+    """
+    from rlsys.control import counts_of, find_run
+    from rlsys.control import scale as ask_to_scale
+
+    console = RichConsole(highlight=False, markup=False)
+    counts = counts_of(rollouts, rewards or [], tools or [])
+    with console.status("asking the driver") as spinner:
+        answer = ask_to_scale(
+            find_run(run), counts, timeout=timeout, wait=wait, tell=lambda text: spinner.update(_escaped(text))
+        )
+    console.print(answer.message, soft_wrap=True)
+
+
+@app.command()
+def status(
+    run: RunPath,
+    once: Annotated[bool, typer.Option("--once", help="Print it and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the run wrote, and end.")] = False,
+) -> None:
+    """Show what RUN does right now: workers, queue, speed, where the time goes, what happened last."""
+    from rlsys.control import find_run
+    from rlsys.status_view import show_once, status_text, watch
+
+    folder, console = find_run(run), RichConsole(highlight=False)
+    if as_json:
+        print(status_text(folder))
+    elif once or not console.is_terminal:
+        show_once(folder, console)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):  # that is how one stops looking
+            watch(folder, console)
 
 
 @app.command("grade")

@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlsys.config import ClusterConfig
-from rlsys.errors import ActorError, ActorTimeoutError, ResourceError, RlsysError
+from rlsys.errors import ActorDiedError, ActorError, ActorTimeoutError, ResourceError, RlsysError
+from rlsys.gauges import Metric, Reading
 
 # One thread each: spinning OpenMP threads of neighbours slow one another down 3-10x.
 _CPU_ENVIRONMENT = {
@@ -108,8 +109,19 @@ async def require(demands: Sequence[Demand], *, wait_seconds: float) -> None:
     Raises:
         ResourceError: after `wait_seconds`; says what is asked and what is there.
     """
-    from ray.autoscaler.sdk import request_resources
+    missing = await no_room(demands, wait_seconds=wait_seconds)
+    if missing is not None:
+        raise ResourceError(
+            f"{missing}; lower actors.count, learners.count, the count of a reward's or tool's actors or their "
+            f"cpus/gpus, or add nodes (waited {wait_seconds:g} s)"
+        )
 
+
+async def no_room(demands: Sequence[Demand], *, beside: Sequence[Demand] = (), wait_seconds: float) -> str | None:
+    """What the cluster lacks for `demands` after so many seconds, in words; None as soon as there is room.
+
+    An autoscaling cluster is asked to hold them `beside` what it holds already for this run.
+    """
     deadline = time.monotonic() + wait_seconds
     asked_to_grow = False
     while True:
@@ -117,17 +129,20 @@ async def require(demands: Sequence[Demand], *, wait_seconds: float) -> None:
         lacking = shortage(demands, ray.cluster_resources(), nodes)
         busy = None if lacking else shortage(demands, ray.available_resources(), nodes)
         if not lacking and not busy:
-            return
+            return None
         if time.monotonic() > deadline:
-            state = lacking or f"{busy} (the rest is taken by other work)"
-            raise ResourceError(
-                f"{state}; lower actors.count, learners.count, the count of a reward's or tool's actors or their "
-                f"cpus/gpus, or add nodes (waited {wait_seconds:g} s)"
-            )
+            return lacking or f"{busy} (the rest is taken by other work)"
         if not asked_to_grow:
-            request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
+            ask_for([*beside, *demands])
             asked_to_grow = True
         await asyncio.sleep(0.5)
+
+
+def ask_for(demands: Sequence[Demand]) -> None:
+    """Let an autoscaling cluster hold so much, in place of what it was asked for before; another one ignores it."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
 
 
 class Actor:
@@ -142,13 +157,16 @@ class Actor:
         """Call a method and await its result.
 
         Raises:
-            ActorError: the actor died, raised, or did not answer within `seconds` (then an ActorTimeoutError).
+            ActorDiedError: its process has ended.
+            ActorTimeoutError: it did not answer within `seconds`.
+            ActorError: it raised.
             RlsysError: the method raised one; it arrives as it was.
         """
         limit = self._call_seconds if seconds is None else seconds
         reference = getattr(self._handle, method).remote(*args, **kwargs)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), limit)
+            async with asyncio.timeout(limit):  # `wait_for` of Python 3.11 may swallow a cancellation
+                return await asyncio.wrap_future(reference.future())
         except (TimeoutError, GetTimeoutError) as error:
             raise ActorTimeoutError(f"{self.name}.{method} did not answer within {limit:g} s") from error
         except RayTaskError as error:
@@ -160,7 +178,9 @@ class Actor:
             raise wrapped from error
         except RayActorError as error:
             reason = " ".join(str(error).split())
-            raise ActorError(f"{self.name} died during {method}: {reason[:600]}") from error
+            if len(reason) > 900:  # a traceback: what and where at its beginning, why at its end
+                reason = f"{reason[:300]} ... {reason[-600:]}"
+            raise ActorDiedError(f"{self.name} died during {method}: {reason}") from error
 
     def kill(self, *, restart: bool = False) -> None:
         """End the process now; with `restart` Ray replaces it, if it was placed so."""
@@ -225,6 +245,12 @@ def _job_environment() -> dict[str, str]:
     """The environment variables that the Ray job around this process was submitted with."""
     job = json.loads(os.environ.get(_JOB_VARIABLE, "{}"))
     return dict((job.get("runtime_env") or {}).get("env_vars") or {})
+
+
+def job_id() -> str:
+    """The id under which the job around this process was submitted; empty outside of one."""
+    job = json.loads(os.environ.get(_JOB_VARIABLE, "{}"))
+    return str((job.get("metadata") or {}).get("job_submission_id", ""))
 
 
 def is_local(address: str) -> bool:
@@ -317,3 +343,38 @@ def _local_token(address: str) -> dict[str, str] | None:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
     return {"Authorization": f"Bearer {token}"} if token else None
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+class Exporter:
+    """Hands readings to the metrics agent of this node, where Prometheus fetches them; all carry `common` as tags.
+
+    Ray forgets a gauge that was not set for some 20 s, so all are to be set again and again, and a worker that is gone
+    disappears by itself.
+    """
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self._gauges: dict[str, Any] = {}
+        self._counters: dict[str, Any] = {}
+        self._counted: dict[tuple[str, ...], float] = {}
+        for metric in metrics:
+            group, kind = (self._gauges, Gauge) if metric.kind == "gauge" else (self._counters, Counter)
+            group[metric.name] = kind(metric.name, metric.what, tag_keys=("run", "stage", *metric.tags))
+
+    def export(self, readings: Iterable[Reading], common: Mapping[str, str]) -> None:
+        """Set gauges, and let counters follow; one that has begun anew counts from there."""
+        for reading in readings:
+            tags = {**common, **reading.tags}
+            if reading.name in self._gauges:
+                self._gauges[reading.name].set(reading.value, tags=tags)
+                continue
+            key = (reading.name, *tags.values())
+            before = self._counted.get(key, 0.0)
+            more = reading.value - before if reading.value >= before else reading.value
+            if more > 0:
+                self._counters[reading.name].inc(more, tags=tags)
+            self._counted[key] = reading.value

@@ -90,21 +90,28 @@ class Completions:
         self._answered = time.monotonic()
         self._http: aiohttp.ClientSession | None = None
 
+    def headers(self) -> dict[str, str]:
+        """What every request carries.
+
+        Raises:
+            ConfigError: the variable of the key is not set.
+        """
+        if self._key_variable is None:
+            return {}
+        key = os.environ.get(self._key_variable)
+        require(
+            bool(key),
+            f"teacher: the environment variable {self._key_variable} (api_key_variable) is not set; "
+            "export it where the run is started",
+        )
+        return {"Authorization": f"Bearer {key}"}
+
     async def start(self, *, tell: Callable[[str], None]) -> None:
         """Connect, and see by its list of models whether the server is there and takes the key.
 
         A server without such a list will do; one whose list lacks the model is told of.
         """
-        headers = {}
-        if self._key_variable is not None:
-            key = os.environ.get(self._key_variable)
-            if not key:
-                raise ConfigError(
-                    f"teacher: the environment variable {self._key_variable} (api_key_variable) is not set; "
-                    "export it where the run is started"
-                )
-            headers["Authorization"] = f"Bearer {key}"
-        self._http = aiohttp.ClientSession(headers=headers)
+        self._http = aiohttp.ClientSession(headers=self.headers())
         limit = aiohttp.ClientTimeout(total=min(PROBE_SECONDS, self._timeout_seconds))
         try:
             async with self._http.get(f"{self._url}/models", timeout=limit) as response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlsys.actors_config import ActorsConfig as ActorsConfig
 from rlsys.plug_in_config import ANSWER_SECONDS as ANSWER_SECONDS
 from rlsys.plug_in_config import PlugIn as PlugIn
 from rlsys.plug_in_config import PoolConfig as PoolConfig
@@ -17,6 +18,7 @@ from rlsys.plug_in_config import require as require
 from rlsys.sample_config import SampleConfig as SampleConfig
 from rlsys.scratch import ScratchModel
 from rlsys.sft_config import SftConfig as SftConfig
+from rlsys.simulate.config import SimulateConfig as SimulateConfig
 from rlsys.stage_config import Aggregation as Aggregation
 from rlsys.stage_config import CriticConfig as CriticConfig
 from rlsys.stage_config import EvalConfig as EvalConfig
@@ -82,40 +84,6 @@ class ClusterConfig:
     """How long the cluster may take to have (or scale up to) what the run asks for."""
     call_seconds: float = 1800.0
     """Deadline of any one call to an actor; no wait is without one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActorsConfig:
-    """Rollout actors: each hosts one vLLM engine and carries many rollouts at once."""
-
-    count: int = 2
-    """How many rollout actors."""
-    cpus: float = 1.0
-    """CPUs that Ray reserves for each."""
-    gpus: float = 0.0
-    """GPUs for each (the engine's tensor-parallel size)."""
-    resources: dict[str, float] = field(default_factory=dict)
-    """Custom Ray resources for each, such as `{rollout: 1}`, to place them on nodes of their own."""
-    use: str = "rlsys.actors.rollout:RolloutActor"
-    """The actor class."""
-    max_rollouts: int = 64
-    """Rollouts in flight in one actor; also vLLM's `max_num_seqs`."""
-    max_model_tokens: int = 512
-    """The context: prompt, generated text and tool output together."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The engine's number format."""
-    kv_cache_gib: int = 1
-    """Memory for keys and values in a CPU engine, GiB."""
-    engine_options: dict[str, Any] = field(default_factory=dict)
-    """Anything else for vLLM's `AsyncEngineArgs`."""
-    start_seconds: float = 600.0
-    """Deadline for an engine to load and answer."""
-    sync_seconds: float = 300.0
-    """Deadline for one weight update, measured outside the collective."""
-
-    def __post_init__(self) -> None:
-        require(self.count >= 1, f"actors.count is {self.count}; at least one rollout actor is needed")
-        require(self.gpus == int(self.gpus), f"actors.gpus is {self.gpus}; an engine takes whole GPUs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +175,8 @@ class Config:
     tpo: TpoConfig = field(default_factory=TpoConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    simulate: SimulateConfig | None = None
+    """What `rlsys simulate` takes for engines, learner, network and faults; a run itself takes no notice of it."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go besides `metrics.jsonl`, which is always written: `tensorboard`."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -11,11 +13,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Activity:
+    """Something long that goes on."""
+
+    what: str
+    done: int = 0
+    total: int | None = None
+    """None where nobody can tell."""
+    is_stage: bool = False
+    """Whether it is a stage, counted in its steps."""
+    since: float = field(default_factory=time.monotonic)
+
+
 class Console:
     """A terminal with live bars; where there is none (a job's log), plain lines."""
 
     def __init__(self) -> None:
         self.rich = RichConsole(highlight=False)
+        self.activities: list[Activity] = []
+        """What goes on, each one inside of those before it."""
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -24,30 +41,44 @@ class Console:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """A spinner with the seconds so far, for a wait of unknown length."""
-        if not self.rich.is_terminal:
-            self.say(f"{what} ...")
-            yield
-            return
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.rich) as bar:
-            bar.add_task(what, total=None)
-            yield
+        with self._going_on(Activity(what=what)):
+            if not self.rich.is_terminal:
+                self.say(f"{what} ...")
+                yield
+                return
+            columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+            with Progress(*columns, console=self.rich) as bar:
+                bar.add_task(what, total=None)
+                yield
 
     @contextmanager
     def counting(self, what: str, *, total: int) -> Iterator[Callable[[], None]]:
         """A bar over `total` things; call the result once for each."""
         if not self.rich.is_terminal:
             self.say(f"{what} ...")
-            yield lambda: None
-            return
-        with self._bar(transient=True) as bar:
+        with self._going_on(Activity(what=what, total=total)) as activity, self._bar(transient=True) as bar:
             task = bar.add_task(what, total=total, note="")
-            yield lambda: bar.advance(task)
+
+            def tick() -> None:
+                activity.done += 1
+                bar.advance(task)
+
+            yield tick
 
     @contextmanager
     def steps(self, name: str, *, total: int, done: int) -> Iterator[Steps]:
         """A bar over the steps of a stage."""
-        with self._bar(transient=False) as bar:
-            yield Steps(self, bar, name, total, done)
+        activity = Activity(what=name, done=done, total=total, is_stage=True)
+        with self._going_on(activity), self._bar(transient=False) as bar:
+            yield Steps(self, bar, activity)
+
+    @contextmanager
+    def _going_on(self, activity: Activity) -> Iterator[Activity]:
+        self.activities.append(activity)
+        try:
+            yield activity
+        finally:
+            self.activities.remove(activity)
 
     def _bar(self, *, transient: bool) -> Progress:
         return Progress(
@@ -72,16 +103,17 @@ class Console:
 class Steps:
     """The bar of one stage; every tenth step is a line of its own, so that a log tells the story too."""
 
-    def __init__(self, console: Console, bar: Progress, name: str, total: int, done: int) -> None:
-        self._console, self._bar, self._name, self._total = console, bar, name, total
-        self._task = bar.add_task(name, total=total, completed=done, note="")
+    def __init__(self, console: Console, bar: Progress, activity: Activity) -> None:
+        self._console, self._bar, self._activity = console, bar, activity
+        self._task = bar.add_task(activity.what, total=activity.total, completed=activity.done, note="")
 
     def advance(self, step: int, **numbers: float) -> None:
         """Show the step that was just done, with a few numbers."""
         note = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
         self._bar.update(self._task, completed=step, note=note)
-        if step % 10 == 0 or step == self._total or step == 1:
-            self._console.say(f"{self._name} {step}/{self._total}  {note}")
+        self._activity.done, total = step, self._activity.total
+        if step % 10 == 0 or step == total or step == 1:
+            self._console.say(f"{self._activity.what} {step}/{total}  {note}")
 
 
 def _short(value: float) -> str:

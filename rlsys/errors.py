@@ -35,6 +35,22 @@ class ActorTimeoutError(ActorError):
     """An actor did not answer within the deadline; it may be alive."""
 
 
+class ActorDiedError(ActorError):
+    """An actor's process has ended, or its node has."""
+
+
+class EngineDiedError(ActorError):
+    """The engine of a rollout actor has ended while the actor itself lives; it can do nothing without one."""
+
+
+class FleetLostError(RlsysError):
+    """No rollout worker has served for as long as the run was ready to wait."""
+
+
+class LearnerLostError(RlsysError):
+    """A learner rank died or hangs; the others cannot go on without it."""
+
+
 class ToolError(RlsysError):
     """A tool cannot answer, or not in the state that the policy knows: the rollout is dropped and counted."""
 

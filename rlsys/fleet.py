@@ -1,88 +1,317 @@
-"""The driver's view of the two groups of actors: rollout actors and learner ranks, and weights going between them."""
+"""The rollout workers of a live run: given work, replaced when they die, made more or fewer while training goes on.
+
+Who is there and what each may do is `rlsys.workers`; who gets what is `rlsys.dispatch`; how one worker lives and is
+watched is `rlsys.worker_life`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from rlsys import cluster
 from rlsys.cluster import Actor, Demand
-from rlsys.config import Config, OptimizerConfig, SamplingConfig
+from rlsys.config import ActorsConfig, Config, SamplingConfig
 from rlsys.demonstrations import Segments
-from rlsys.errors import ActorError, TrainingStalledError, WeightSyncError
-from rlsys.packing import MicroBatch, shard, unpack
+from rlsys.dispatch import Dispatch
+from rlsys.errors import ActorError, FleetLostError, RlsysError
 from rlsys.plugins import resolve
 from rlsys.pool import ActorPool, pooled_plug_ins
-from rlsys.types import NetworkKind, Problem, RolloutGroup, TrainBatch
-from rlsys.weights import WeightGroup, WeightPlan, verify
+from rlsys.types import Problem, RolloutGroup
+from rlsys.worker_life import CLOSE_SECONDS, LOST, Bell, Place, WorkerLife
+from rlsys.workers import QueueFollower, Roster, WorkerState
 
-_SAVED_EVERY_SECONDS = 0.2
-"""How often the ranks are asked whether a checkpoint is written."""
+log = logging.getLogger(__name__)
+
+_FOLLOW_SECONDS = 60.0
+"""A fleet that follows the queue shrinks to what it needed in this time."""
+_MAX_FAILED_STARTS = 3
+"""So many workers in a row that could not start, and no more are started until somebody asks for them."""
 
 
 def rollout_demand(config: Config) -> Demand:
-    """What the rollout actors take from the cluster."""
+    """What the rollout actors take from the cluster when a run begins."""
     actors = config.actors
     return Demand(
         what="rollout actor", count=actors.count, cpus=actors.cpus, gpus=actors.gpus, resources=actors.resources
     )
 
 
-def learner_demand(config: Config, *, what: str = "learner rank") -> Demand:
-    """What the learner ranks take from the cluster."""
-    learners = config.learners
-    return Demand(what=what, count=learners.count, cpus=learners.cpus, gpus=learners.gpus, resources=learners.resources)
-
-
-def with_critic_ranks(config: Config) -> Config:
-    """The configuration as the critic's learners see it: number and resources of their ranks are `rl.critic`'s own."""
-    critic = config.rl.critic
-    assert critic is not None
-    ranks = {name: getattr(critic, name) for name in ("count", "cpus", "gpus", "resources")}
-    return replace(config, learners=replace(config.learners, **ranks))
-
-
 class RolloutFleet:
-    """The rollout actors, and the pools of plug-ins that have actors of their own, by their place in the configuration.
+    """The rollout workers, and the pools of plug-ins with actors of their own, by their place in the configuration.
 
-    Each problem goes to the rollout actor that carries the fewest; one that failed a call, only where all others did.
+    Deadlines are measured by the clock of the running event loop.
     """
 
-    def __init__(self, actors: list[Actor], backend: str, pools: Mapping[str, ActorPool]) -> None:
-        self.actors = actors
-        self.backend = backend
-        self.pools = pools
-        self._load = [0] * len(actors)
-        self._failures = [0] * len(actors)
+    def __init__(self, settings: ActorsConfig, place: Place, pools: Mapping[str, ActorPool] | None = None) -> None:
+        self.settings = settings
+        self.pools = dict(pools or {})
+        self.roster = Roster(
+            target=settings.count,
+            minimum=settings.min,
+            maximum=settings.max,
+            capacity=2 * settings.max_rollouts,
+        )
+        self.backend = ""
+        """The name of the engines' weight transfer back end."""
+        self.events: deque[tuple[float, str, str]] = deque(maxlen=1000)
+        """What happened, for people: when (`time.time`), to which worker, what."""
+        self.bell = Bell()
+        """Rings at every change."""
+        self.frozen = False
+        """Whether engines are paused for new weights; then nobody expects tokens of them."""
+        self.follows_learner = False
+        """Whether a worker must be given a learner's weights before it serves."""
+        self.follows_queue = settings.max is not None
+        """Whether the number of workers follows the work that waits."""
+        self.num_redispatched = 0
+        """Groups that were given to another worker."""
+        self.dispatch = Dispatch(self.roster)
+        self._place = place
+        self._lives: dict[str, WorkerLife] = {}
+        self._failed_starts = 0
+        self._start_failure: RlsysError | None = None
+        self._first_version = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    # --- beginning and end -------------------------------------------------------------------------------------------
 
     @classmethod
     async def start(cls, config: Config, model_path: str) -> RolloutFleet:
-        """Place the actors and start engines and pools, side by side."""
-        demand = rollout_demand(config)
-        actor_class = resolve(config.actors.use, place="actors.use")
-        arguments = [{"config": config, "model_path": model_path, "index": index} for index in range(demand.count)]
-        actors = cluster.place(
-            actor_class, demand, arguments, call_seconds=config.cluster.call_seconds, concurrency=4096
-        )
+        """Place the workers and start engines and pools, side by side.
+
+        Raises:
+            ActorError, ResourceError: one of them cannot start; says why.
+        """
         pools = {place: ActorPool(plug_in, place=place) for place, plug_in in pooled_plug_ins(config).items()}
-        backend, *_ = await asyncio.gather(
-            *(actor.call("start", seconds=config.actors.start_seconds) for actor in actors),
-            *(pool.start() for pool in pools.values()),
-        )
-        fleet = cls(actors, backend, pools)
-        for place, pool in pools.items():
-            seconds = config.actors.sync_seconds
-            await pool.serve(partial(fleet.call_all, "use_actors", place, seconds=seconds))
+        fleet = cls(config.actors, partial(_placed, config, model_path), pools)
+        try:
+            await asyncio.gather(fleet.started(), *(pool.start() for pool in pools.values()))
+            for place, pool in pools.items():
+                await pool.serve(partial(fleet.use_actors, place))
+        except BaseException:
+            await fleet.close()
+            raise
         return fleet
+
+    async def started(self) -> None:
+        """Start the first workers, return when all of them have, and keep them from then on.
+
+        Raises:
+            RlsysError: one could not start.
+        """
+        self._fill()
+        while self.roster.in_state(WorkerState.STARTING) and self._start_failure is None:
+            await self.bell.heard()
+        if self._start_failure is not None:
+            raise self._start_failure
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """End all workers, politely first, because their engines have processes of their own."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await asyncio.gather(*(life.end() for life in list(self._lives.values())))
+        await asyncio.gather(*(pool.close() for pool in self.pools.values()))
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    async def act(
+        self,
+        problem: Problem,
+        *,
+        size: int,
+        sampling: SamplingConfig,
+        group_id: str,
+        prefix: Segments = (),
+        **more: Any,
+    ) -> RolloutGroup:
+        """Roll out one problem on the least loaded worker; the policy goes on behind `prefix`.
+
+        Where the worker dies another one begins anew. A problem that `actors.attempts` workers did not survive, or on
+        which they failed, comes back without a rollout, as quarantined.
+
+        Raises:
+            FleetLostError: no worker has served for `actors.wait_seconds`.
+        """
+        keywords = {"sampling": sampling, "prefix": prefix, **more}
+        num_parts = min(size, len(self.roster.serving)) if self.settings.siblings == "spread" else 1
+        if num_parts <= 1:
+            return await self._act_together(problem, size=size, group_id=group_id, **keywords)
+        sizes = [size // num_parts + (number < size % num_parts) for number in range(num_parts)]
+        parts = await asyncio.gather(
+            *(
+                self._act_together(problem, size=part, group_id=f"{group_id}-part-{number}", **keywords)
+                for number, part in enumerate(sizes)
+            )
+        )
+        return RolloutGroup(
+            problem=problem,
+            rollouts=tuple(rollout for part in parts for rollout in part.rollouts),
+            dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
+        )
+
+    async def _act_together(self, problem: Problem, *, size: int, group_id: str, **keywords: Any) -> RolloutGroup:
+        failures: list[ActorError] = []
+        while len(failures) < self.settings.attempts:
+            name = f"{group_id}-again-{len(failures)}" if failures else group_id
+            try:
+                return await self._on_one("act", problem, weight=size, size=size, group_id=name, **keywords)
+            except _LeftEarly:
+                self.num_redispatched += 1
+            except ActorError as error:
+                failures.append(error)
+                self.num_redispatched += 1
+                log.warning("problem %s is given to another worker: %s", problem.id, error)
+        self._note("-", f"problem {problem.id} is quarantined: {failures[-1]}")
+        return RolloutGroup(problem=problem, rollouts=(), dropped={f"quarantined: {failures[-1]}": size})
+
+    async def compare(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with what the rewards that compare siblings, and these alone, give each of them."""
+        while True:
+            try:
+                return await self._on_one("compare", group, weight=len(group.rollouts))
+            except (_LeftEarly, *LOST) as error:
+                log.warning("a comparison is given to another worker: %s", error)
+
+    async def _on_one(self, method: str, *args: Any, weight: int, **keywords: Any) -> RolloutGroup:
+        worker = await self.dispatch.room(weight)
+        try:
+            if (life := self._lives.get(worker.name)) is None:
+                raise _LeftEarly(f"{worker.name} has ended between being chosen and being asked")
+            group = await life.actor.call(method, *args, **keywords)
+            assert isinstance(group, RolloutGroup)
+            return group
+        except LOST as error:
+            if life.left:
+                raise _LeftEarly(f"{worker.name} has left") from error
+            self.lose(worker.name, error)
+            raise
+        finally:
+            self.dispatch.end(worker, weight)
+            if worker.state is WorkerState.DRAINING and not worker.in_flight:
+                self.bell.ring()
+
+    # --- how many ----------------------------------------------------------------------------------------------------
+
+    async def resize(self, count: int) -> None:
+        """Have `count` workers from now on, whatever waits; returns at once, `roster` says how far that has come.
+
+        A surplus worker is given nothing more and ends with the last of what it has, or after `actors.drain_seconds`,
+        when its problems begin again elsewhere.
+
+        Raises:
+            ConfigError: `count` is below `actors.min` or above `actors.max`.
+        """
+        self.roster.resize(count)
+        self.follows_queue = False
+        self._failed_starts = 0
+        self.bell.ring()
+
+    async def _keep(self) -> None:
+        """Start what is missing, let go what is too much, give up where nobody has served for too long."""
+        clock = asyncio.get_running_loop().time
+        served_at, look_at = clock(), -math.inf
+        patience = round(_FOLLOW_SECONDS / self.settings.watch_seconds)
+        follower = QueueFollower(rollouts_per_worker=self.settings.max_rollouts, patience=patience)
+        while True:
+            if self.follows_queue and clock() >= look_at:
+                self.roster.target = follower.look(self.roster, waiting=self.dispatch.num_waiting)
+                look_at = clock() + self.settings.watch_seconds
+            self._fill()
+            for worker in self.roster.surplus:
+                if worker.state is WorkerState.STARTING:
+                    self.lose(worker.name, ActorError("it is no longer wanted"))
+                    continue
+                self.roster.draining(worker.name)
+                self._note(worker.name, "is to leave")
+                self.bell.ring()
+            if self.roster.serving:
+                served_at = clock()
+            elif self.dispatch.num_waiting and (why := self._why_lost(clock() - served_at)) is not None:
+                self.dispatch.fail(FleetLostError(why))
+            await self.bell.heard(self.settings.watch_seconds)
+
+    def _fill(self) -> None:
+        for _ in range(self.roster.missing if self._failed_starts < _MAX_FAILED_STARTS else 0):
+            actor = self._place(self.roster.num_joined)
+            self._lives[actor.name] = WorkerLife(self.roster.joined(actor.name), actor, self)
+
+    def _why_lost(self, seconds: float) -> str | None:
+        last = f"; what happened last: {self.events[-1][1]}: {self.events[-1][2]}" if self.events else ""
+        if self._failed_starts >= _MAX_FAILED_STARTS and not self.roster.staying:
+            return f"{self._failed_starts} rollout workers in a row could not start and none is left{last}"
+        if seconds < self.settings.wait_seconds:
+            return None
+        there = ", ".join(f"{count} {state}" for state, count in self.roster.counts.items()) or "none"
+        return (
+            f"no rollout worker has served for {seconds:.0f} s (actors.wait_seconds); of {self.roster.target} wanted "
+            f"there are: {there}{last}"
+        )
+
+    # --- one worker's life -------------------------------------------------------------------------------------------
+
+    async def make_ready(self, life: WorkerLife, backend: str) -> None:
+        """Tell a worker whose engine answers which actors there are, and let it serve or wait for weights."""
+        self.backend = backend
+        told: dict[str, Sequence[Actor]] = {}
+        while changed := {place: pool.actors for place, pool in self.pools.items() if told.get(place) != pool.actors}:
+            for place, actors in changed.items():
+                told[place] = list(actors)
+                await life.actor.call("use_actors", place, actors, seconds=self.settings.answer_seconds)
+        self._failed_starts = 0
+        if life.worker.state is WorkerState.DRAINING:
+            return
+        self.roster.started(life.worker.name)
+        self._note(life.worker.name, "has started")
+        if not self.follows_learner and self.roster.version == self._first_version:
+            await life.actor.call("resume", self._first_version, seconds=self.settings.sync_seconds)
+            self.synced([life.worker.name], self._first_version)
+        self.bell.ring()
+
+    def ended(self, life: WorkerLife) -> None:
+        """A worker is no more: take it off the roster."""
+        name = life.worker.name
+        self._lives.pop(name, None)
+        if life.worker.state is WorkerState.STARTING and life.failure is not None:
+            self._failed_starts += 1
+            self._start_failure = life.failure
+        if name in self.roster.workers:
+            self.roster.gone(name)
+        self._note(name, "has left" if life.failure is None else f"is lost: {life.failure}")
+        self.bell.ring()
+
+    def lose(self, name: str, why: RlsysError) -> None:
+        """Give a worker up at once: it is killed, its calls fail, and another one is started in its place."""
+        life = self._lives.pop(name, None)
+        if life is not None:
+            self.roster.gone(name)
+            life.kill(why)
+
+    def _note(self, name: str, what: str) -> None:
+        self.events.append((time.time(), name, what))
+        log.info("%s %s", name, what)
+
+    # --- all workers -------------------------------------------------------------------------------------------------
+
+    def _in_state(self, *states: WorkerState) -> list[Actor]:
+        return [self._lives[worker.name].actor for worker in self.roster.in_state(*states)]
+
+    @property
+    def actors(self) -> list[Actor]:
+        """The workers that have started, in the order in which they joined."""
+        return self._in_state(WorkerState.STALE, WorkerState.HEALTHY, WorkerState.DRAINING)
+
+    def pulse_of(self, name: str) -> Mapping[str, float]:
+        """The last answer of a worker to `pulse`; empty before the first."""
+        return self._lives[name].pulse if name in self._lives else {}
 
     async def isolation(self) -> dict[str, str]:
         """The tier of every tool or reward that has one, as `isolation_NAME`; the weakest where hosts differ."""
@@ -93,239 +322,88 @@ class RolloutFleet:
                 found[f"isolation_{name}"] = min(tier, found.get(f"isolation_{name}", tier))
         return found
 
-    async def act(
-        self, problem: Problem, *, size: int, sampling: SamplingConfig, group_id: str, prefix: Segments = ()
-    ) -> RolloutGroup:
-        """Roll out one problem on the least loaded actor; the policy goes on behind `prefix`."""
-        return await self._on_one("act", problem, size=size, sampling=sampling, group_id=group_id, prefix=prefix)
+    async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
+        """Tell every worker which actors host the plug-in at this place from now on."""
+        for result in (await self.on(self.actors, "use_actors", place, actors)).values():
+            if isinstance(result, RlsysError) and not isinstance(result, LOST):
+                raise result
 
-    async def compare(self, group: RolloutGroup) -> RolloutGroup:
-        """The group with what the rewards that compare siblings, and these alone, give each of them."""
-        return await self._on_one("compare", group)
-
-    async def _on_one(self, method: str, *args: Any, **kwargs: Any) -> RolloutGroup:
-        index = min(range(len(self.actors)), key=lambda actor: (self._failures[actor], self._load[actor]))
-        self._load[index] += 1
-        try:
-            group = await self.actors[index].call(method, *args, **kwargs)
-            assert isinstance(group, RolloutGroup)
-            return group
-        except ActorError:
-            self._failures[index] += 1
-            raise
-        finally:
-            self._load[index] -= 1
-
-    async def call_all(self, method: str, *args: Any, seconds: float, **kwargs: Any) -> list[Any]:
-        """Call every actor side by side."""
-        return list(await asyncio.gather(*(a.call(method, *args, seconds=seconds, **kwargs) for a in self.actors)))
-
-    async def close(self) -> None:
-        """End all actors, politely first, because their engines have processes of their own."""
-        await _close_all(self.actors)
-        await asyncio.gather(*(pool.close() for pool in self.pools.values()))
-
-
-class LearnerGroup:
-    """The learner ranks as one learner."""
-
-    def __init__(self, ranks: list[Actor], plan: WeightPlan, config: Config) -> None:
-        self._ranks = ranks
-        self._config = config
-        self.plan = plan
-
-    @classmethod
-    async def start(
-        cls,
-        config: Config,
-        model_path: str,
-        *,
-        optimizer: OptimizerConfig,
-        total_steps: int,
-        loss: str | Callable[..., Any],
-        with_reference: bool = False,
-        network: NetworkKind = "policy",
-        what: str = "learner rank",
-    ) -> LearnerGroup:
-        """Place the ranks, load the model on all of them, let them meet; messages call them `what`."""
-        demand = learner_demand(config, what=what)
-        learner_class = resolve(config.learners.use, place="learners.use")
-        arguments = [
-            {"model_path": model_path, "config": config.learners, "rank": rank, "world_size": demand.count}
-            for rank in range(demand.count)
-        ]
-        ranks = cluster.place(learner_class, demand, arguments, call_seconds=config.cluster.call_seconds)
-        seconds = config.learners.start_seconds
-        master = await ranks[0].call("rendezvous", seconds=seconds)
-        keywords = {
-            "master": master,
-            "optimizer": optimizer,
-            "total_steps": total_steps,
-            "loss": resolve(loss, place="loss") if isinstance(loss, str) else loss,
-            "with_reference": with_reference,
-            "network": network,
-            "timeout": seconds,
-        }
-        plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
-        return cls(ranks, plans[0], config)
-
-    async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:
-        """One optimizer step; returns means over trained tokens, the gradient norm and the seconds it took."""
-        results = await asyncio.gather(
-            *(
-                rank.call("step", share, num_tokens=batch.num_tokens, temperature=temperature, **loss_options)
-                for rank, share in zip(self._ranks, self._to_ranks(self._shares(batch)), strict=True)
-            )
-        )
-        return _merge(results, batch.num_tokens)
-
-    async def infer(
-        self, batch: TrainBatch, *, temperature: float, reference: bool = False
-    ) -> list[NDArray[np.float32]]:
-        """What the network says of the trained tokens: one array [T] for each rollout, 0 where none trains.
-
-        Log-probs of the policy or, with `reference`, of the frozen one; of a critic, values.
-        """
-        shares = self._shares(batch)
-        results = await asyncio.gather(
-            *(
-                rank.call("infer", share, temperature=temperature, reference=reference)
-                for rank, share in zip(self._ranks, self._to_ranks(shares), strict=True)
-            )
-        )
-        micro_batches = [micro for share in shares for micro in share]
-        found = results[:: len(results) // len(shares)]
-        return unpack(batch, micro_batches, [values for result in found for values in result])
-
-    def _shares(self, batch: TrainBatch) -> list[list[MicroBatch]]:
-        """A share for each rank, or for each few ranks that compute together."""
-        learners = self._config.learners
-        learner_class = resolve(learners.use, place="learners.use")
-        together = learner_class.ranks_per_share(learners) if hasattr(learner_class, "ranks_per_share") else 1
-        num_shares = len(self._ranks) // together
-        return shard(batch, num_ranks=num_shares, max_tokens=learners.max_tokens_per_micro_batch)
-
-    def _to_ranks(self, shares: Sequence[list[MicroBatch]]) -> list[Any]:
-        """What each rank is to fetch; those that compute together, one behind the other, fetch the same."""
-        together = len(self._ranks) // len(shares)
-        return [reference for reference in map(cluster.put, shares) for _ in range(together)]
-
-    async def open_weights(self, fleet: RolloutFleet) -> None:
-        """Let learner and engines meet for weight transfers."""
-        seconds = self._config.actors.sync_seconds
-        address, port = await self._ranks[0].call("rendezvous")
-        # A tensor-parallel engine has several workers; each is a rank of the group.
-        workers = max(1, int(self._config.actors.gpus))
-        group = WeightGroup(master_address=address, master_port=port, world_size=1 + workers * len(fleet.actors))
-        await asyncio.gather(
-            *(
-                rank.call("open_weights", group, backend=fleet.backend, timeout=seconds, seconds=seconds)
-                for rank in self._ranks
-            ),
-            *(
-                actor.call("open_weights", group, rank=1 + workers * index, seconds=seconds)
-                for index, actor in enumerate(fleet.actors)
-            ),
-        )
-
-    async def publish(self, fleet: RolloutFleet, version: int) -> dict[str, float]:
-        """Give every engine the current weights and prove that they arrived; then they are `version`.
-
-        Generation is frozen, not aborted. On any disagreement the engines stay frozen.
+    async def call_all(self, method: str, *args: Any, seconds: float, **keywords: Any) -> list[Any]:
+        """Call every worker side by side.
 
         Raises:
-            WeightSyncError: names the engine and the tensor.
+            ActorError: the first that failed.
         """
-        seconds = self._config.actors.sync_seconds
-        started = time.perf_counter()
-        await fleet.call_all("pause", seconds=seconds)
-        paused = time.perf_counter()
-        sending = asyncio.gather(*(rank.call("send_weights", seconds=seconds) for rank in self._ranks))
-        receiving = fleet.call_all("receive_weights", self.plan, seconds=seconds)
-        sent, received = await asyncio.gather(sending, receiving)
-        if sent[0].keys() != set(self.plan.names):
-            raise WeightSyncError("the learner did not send all tensors of its plan")
-        verify(sent[0], {actor.name: sums for actor, sums in zip(fleet.actors, received, strict=True)}, version=version)
-        moved = time.perf_counter()
-        await fleet.call_all("resume", version, seconds=seconds)
-        ended = time.perf_counter()
-        return {"pause": paused - started, "transfer": moved - paused, "total": ended - started}
+        found = await self.on(self.actors, method, *args, seconds=seconds, **keywords)
+        for result in found.values():
+            if isinstance(result, BaseException):
+                raise result
+        return list(found.values())
 
-    async def reset_reference(self) -> None:
-        """Make the current policy the reference of the KL penalty."""
-        await self._call_all("reset_reference")
+    async def on(
+        self, actors: Iterable[Actor], method: str, *args: Any, seconds: float | None = None, **keywords: Any
+    ) -> dict[str, Any]:
+        """What a call to each of these workers gave, by name, or the error that it raised; one that died is lost."""
+        limit = self.settings.sync_seconds if seconds is None else seconds
+        chosen = list(actors)
+        calls = (actor.call(method, *args, seconds=limit, **keywords) for actor in chosen)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for actor, result in zip(chosen, results, strict=True):
+            if isinstance(result, LOST):
+                self.lose(actor.name, result)
+            elif isinstance(result, BaseException) and not isinstance(result, RlsysError):
+                raise result
+        return {actor.name: result for actor, result in zip(chosen, results, strict=True)}
 
-    async def save(self, folder: Path) -> None:
-        """Let all ranks copy their shards and begin to write them into `folder`; they may train on meanwhile."""
-        await self._call_all("save", str(folder))
+    # --- weights -----------------------------------------------------------------------------------------------------
 
-    async def saved(self) -> None:
-        """Return when all ranks have written what `save` began.
+    async def begin_at(self, version: int) -> None:
+        """The model that the engines were started with is weights `version`; before any learner is followed."""
+        await self.call_all("resume", version, seconds=self.settings.sync_seconds)
+        self._first_version = version
+        self.synced([worker.name for worker in self.roster.serving], version)
 
-        Asks again and again: a call that waited would keep a rank, which does one thing at a time, from training.
-        """
-        while not all(await self._call_all("saved")):
-            await asyncio.sleep(_SAVED_EVERY_SECONDS)
+    @property
+    def receivers(self) -> list[Actor]:
+        """The workers that are to hold the learner's weights."""
+        return self._in_state(WorkerState.STALE, WorkerState.HEALTHY)
 
-    async def load(self, folder: Path) -> None:
-        """Read the shards in `folder`."""
-        await self._call_all("load", str(folder))
+    @property
+    def newcomers(self) -> list[Actor]:
+        """The workers that have started and hold no weights that may serve."""
+        return self._in_state(WorkerState.STALE)
 
-    async def export(self, folder: Path) -> None:
-        """Write a `save_pretrained` folder."""
-        await self._call_all("export", str(folder))
+    def synced(self, names: Iterable[str], version: int) -> None:
+        """These workers hold weights `version`, proved, and generate; those that leave anyway do not count."""
+        members = {worker.name for worker in self.roster.in_state(WorkerState.STALE, WorkerState.HEALTHY)}
+        self.roster.synced([name for name in names if name in members], version)
+        self.dispatch.hand_out()
+        self.bell.ring()
 
-    async def _call_all(self, method: str, *args: Any) -> list[Any]:
-        return list(await asyncio.gather(*(rank.call(method, *args) for rank in self._ranks)))
-
-    async def close(self) -> None:
-        """End all ranks."""
-        await _close_all(self._ranks)
-
-
-def _merge(results: Iterable[Mapping[str, float]], num_tokens: int) -> dict[str, float]:
-    """Sums become means over trained tokens, maxima stay maxima, shared numbers come from the first rank.
-
-    What all ranks computed in the seconds of the step becomes `tokens_per_second`, `model_flops_per_second` and, where
-    the peak of their devices is known, `mfu`, the share of it.
-    """
-    sums: dict[str, float] = defaultdict(float)
-    merged: dict[str, float] = {}
-    for result in results:
-        for name, value in result.items():
-            if name.startswith("sum/"):
-                sums[name.removeprefix("sum/")] += value
-            elif name.startswith("max/"):
-                key = f"{name.removeprefix('max/')}_max"
-                merged[key] = max(merged.get(key, value), value)
-            else:
-                merged.setdefault(name, value)
-    merged["tokens"] = sums.pop("tokens")
-    merged["trained_tokens"] = sums.pop("trained_tokens")
-    flops, peak_flops = sums.pop("flops", 0.0), sums.pop("peak_flops", 0.0)
-    merged["tokens_per_second"] = merged["tokens"] / merged["seconds"]
-    if flops:
-        merged["model_flops_per_second"] = flops / merged["seconds"]
-    if peak_flops:
-        merged["mfu"] = flops / merged["seconds"] / peak_flops
-    merged.update({name: value / num_tokens for name, value in sums.items()})
-    return merged
+    def doubt(self, names: Sequence[str], why: str) -> None:
+        """What these workers hold is not known: they get no work until they are synced."""
+        self.roster.doubted(names)
+        self._note(", ".join(names), f"weights did not arrive: {why}")
+        self.bell.ring()
 
 
-def check_finite(metrics: Mapping[str, float], limit: int) -> None:
-    """Stop a run whose gradients are no longer finite.
-
-    Raises:
-        TrainingStalledError: `limit` steps in a row were skipped.
-    """
-    if metrics["skipped_in_a_row"] >= limit:
-        raise TrainingStalledError(
-            f"{limit} steps in a row had no finite gradient; lower the learning rate (optimizer.lr) or look at the "
-            "rewards of the last batches in the run's rollouts folder"
-        )
+class _LeftEarly(ActorError):
+    """A worker that was to leave has left before its work was done: nobody's failure."""
 
 
-async def _close_all(actors: list[Actor]) -> None:
-    await asyncio.gather(*(actor.call("close", seconds=10.0) for actor in actors), return_exceptions=True)
+def _placed(config: Config, model_path: str, index: int) -> Actor:
+    return cluster.place(
+        resolve(config.actors.use, place="actors.use"),
+        rollout_demand(config),
+        [{"config": config, "model_path": model_path, "index": index}],
+        call_seconds=config.cluster.call_seconds,
+        concurrency=4096,
+        first_index=index,
+    )[0]
+
+
+async def close_all(actors: Sequence[Actor]) -> None:
+    """End actors, politely first."""
+    await asyncio.gather(*(actor.call("close", seconds=CLOSE_SECONDS) for actor in actors), return_exceptions=True)
     for actor in actors:
         actor.kill()

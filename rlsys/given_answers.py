@@ -68,7 +68,7 @@ class GivenAnswers:
         for demonstration in found:
             turn = to_rollout(demonstration, self._chat)
             transcript = str(self._chat.tokenizer.decode(turn.tokens.tolist()))
-            rollout = replace(turn, response=demonstration.text, transcript=transcript)
+            rollout = self._chat.hide_thought(replace(turn, response=demonstration.text, transcript=transcript))
             group = await self._rewards.grade(problem, [rollout])
             for reason, count in group.dropped.items():
                 dropped[reason] = dropped.get(reason, 0) + count

@@ -1,7 +1,7 @@
 """The run directory: everything a run says about itself, written as it happens.
 
 config.yaml  run.json  metrics.jsonl  tensorboard/  rollouts/*.parquet  <stage>/checkpoints/  <stage>/model/
-model -> the newest stage's model  summary.json  curves.png
+model -> the newest stage's model  summary.json  curves.png  status.json  driver.json  control/
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsys.config import Config
 from rlsys.config_file import to_yaml
+from rlsys.driver import LOCK
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.types import RolloutGroup
+
+_RECENT_LINES = 20
 
 
 class RunDirectory:
@@ -26,6 +31,8 @@ class RunDirectory:
     def __init__(self, folder: Path, *, trackers: Sequence[str]) -> None:
         self.folder = folder
         self._started = time.monotonic()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=_RECENT_LINES)
+        """The lines of `metrics.jsonl` that this process wrote last, the newest one last."""
         self._tensorboard: Any = None
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +60,10 @@ class RunDirectory:
                     f"{folder} holds a run already; continue it with --resume, begin anew with --fresh (the old one is "
                     "kept beside it), or set run_dir"
                 )
-            move_aside(folder)
+            aside = move_aside(folder)
+            folder.mkdir(parents=True)
+            if (aside / LOCK).exists():  # the driver that asks goes on in the new one
+                os.replace(aside / LOCK, folder / LOCK)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             (folder / "config.yaml").write_text(to_yaml(config))
@@ -79,15 +89,25 @@ class RunDirectory:
         line = {"stage": stage, "step": step, "time": _now(), **metrics}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.recent.append(line)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Before a stage goes on from `step`: set aside the lines of later steps, which will be made again.
+        """Before a stage goes on from `step`: set aside what was recorded of later steps, which will be made again.
 
-        Its evaluations are among them, and a last line that was cut off in the middle.
+        Lines, those of evaluations among them and a last one that was cut off in the middle, go to
+        `metrics.superseded.jsonl`, rollouts to `rollouts/superseded/`, over those of the same step that lie there.
         """
+        self._forget_rollouts_after(stage, step)
+        self._set_aside(lambda line: line["stage"].partition("/")[0] == stage and line["step"] > step)
+
+    def forget(self, stage: str, step: int) -> None:
+        """Before the line of this step is made again: set aside that of an attempt which was killed behind it."""
+        self._set_aside(lambda line: (line["stage"], line["step"]) == (stage, step))
+
+    def _set_aside(self, made_again: Callable[[Mapping[str, Any]], bool]) -> None:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
@@ -99,14 +119,25 @@ class RunDirectory:
             except ValueError:
                 superseded.append(text)
                 continue
-            mine = line["stage"].partition("/")[0] == stage
-            (superseded if mine and line["step"] > step else kept).append(text)
+            (superseded if made_again(line) else kept).append(text)
         if superseded:
             with (self.folder / "metrics.superseded.jsonl").open("a") as file:
                 file.writelines(text + "\n" for text in superseded)
             partial = path.with_suffix(".partial")
             partial.write_text("".join(text + "\n" for text in kept))
             os.replace(partial, path)
+
+    def _forget_rollouts_after(self, stage: str, step: int) -> None:
+        name = re.compile(rf"{re.escape(stage)}-[a-z_]+-(\d{{6,}})\.parquet")
+        later = [
+            path
+            for path in self.folder.glob("rollouts/*.parquet")
+            if (found := name.fullmatch(path.name)) and int(found[1]) > step
+        ]
+        for path in later:
+            aside = path.parent / "superseded"
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / path.name)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """All lines of a stage, in order."""
@@ -174,12 +205,13 @@ class RunDirectory:
             self._tensorboard.close()
 
 
-def move_aside(folder: Path) -> None:
-    """Keep a folder under the first free name with a number behind it."""
+def move_aside(folder: Path) -> Path:
+    """Keep a folder under the first free name with a number behind it; returns where that is."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
+    return aside
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

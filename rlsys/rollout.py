@@ -18,7 +18,7 @@ from rlsys.interfaces import Engine, Session, ToolResult
 from rlsys.reward_terms import RewardTerm, grade_rollout
 from rlsys.thinking_words import thinking_ratios
 from rlsys.thoughts import mean_of as mean_of_thoughts
-from rlsys.types import Completion, FinishReason, Problem, Rollout
+from rlsys.types import NOT_FINITE, Completion, FinishReason, Problem, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +108,13 @@ async def run_rollout(
         turn = await _begin(track, begun, chat, sessions)
         finish = await _converse(track, limit, engine, chat, sampling, sessions, turn)
     counts["rollout_seconds"] = time.perf_counter() - started
+    logprobs = np.array(track.logprobs, dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        counts[NOT_FINITE] = float((~np.isfinite(logprobs)).sum())
     rollout = Rollout(
         tokens=np.array(track.tokens, dtype=np.int32),
         loss_mask=np.array(track.mask, dtype=np.bool_),
-        logprobs=np.array(track.logprobs, dtype=np.float32),
+        logprobs=np.where(np.isfinite(logprobs), logprobs, np.float32(0)),
         versions=np.array(track.versions, dtype=np.int32),
         response=chat.decode(track.own_tokens),
         transcript=chat.tokenizer.decode(track.tokens),
@@ -247,6 +250,9 @@ def mean_metrics(rollouts: Sequence[Rollout]) -> Mapping[str, float]:
         "tool_error_rate": sum(rollout.metrics.get("tool_errors", 0.0) for rollout in rollouts)
         / max(1.0, sum(rollout.metrics.get("tool_calls", 0.0) for rollout in rollouts)),
     }
+    for name in ("rollout_seconds", "tool_seconds", "reward_seconds"):
+        if any(name in rollout.metrics for rollout in rollouts):
+            result[name] = mean([rollout.metrics.get(name, 0.0) for rollout in rollouts])
     for name in sorted({name for rollout in rollouts for name in rollout.reward_terms}):
         result[f"reward/{name}"] = mean([rollout.reward_terms.get(name, 0.0) for rollout in rollouts])
     for name in sorted({name for rollout in rollouts for name in rollout.metrics if name.startswith("status/")}):

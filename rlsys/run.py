@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from rlsys import cluster
 from rlsys.chat import load_tokenizer
 from rlsys.config import ClusterConfig, Config
 from rlsys.console import Console
+from rlsys.driver import Driver, DriverLock
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.fleet import learner_demand, rollout_demand, with_critic_ranks
+from rlsys.fleet import rollout_demand
 from rlsys.function_tool import check_tool
+from rlsys.gauges import METRICS, readings
+from rlsys.learner_group import learner_demand, with_critic_ranks
 from rlsys.plugins import build, check_options, resolve
 from rlsys.pool import pool_demands
 from rlsys.records import RunDirectory
 from rlsys.report import plot_curves
-from rlsys.reward_terms import check_reward
+from rlsys.reward_terms import check_reward, grades_groups
+from rlsys.scaling import Scaling
 from rlsys.scratch import build_scratch_model
 from rlsys.selection import resolve_selections
 from rlsys.stages import Interrupted, Run, stage_of
+from rlsys.status import Status
 from rlsys.thoughts import Thoughts
 
 _OPTIMIZERS = {
@@ -72,18 +78,19 @@ def train(
     """
     console = console or Console()
     check(config)
-    directory = RunDirectory.open(config, resume=resume, fresh=fresh)
-    if cluster.in_job() and not directory.folder.is_absolute():
-        console.say(
-            f"warning: this job runs in a temporary folder, and so does {directory.folder}: its results go with it; "
-            "set run_dir to an absolute path that the nodes share"
-        )
-    own = Session()
-    try:
-        return asyncio.run(_train(config, directory, console, session or own, resume=resume))
-    finally:
-        own.close()
-        directory.close()
+    with DriverLock.take(Path(config.run_dir), job=cluster.job_id(), tell=console.say) as lock:
+        directory = RunDirectory.open(config, resume=resume, fresh=fresh)
+        if cluster.in_job() and not directory.folder.is_absolute():
+            console.say(
+                f"warning: this job runs in a temporary folder, and so does {directory.folder}: its results go with "
+                "it; set run_dir to an absolute path that the nodes share"
+            )
+        own = Session()
+        try:
+            return asyncio.run(_train(config, directory, console, session or own, lock.driver, resume=resume))
+        finally:
+            own.close()
+            directory.close()
 
 
 def check(config: Config) -> None:
@@ -117,16 +124,42 @@ def check(config: Config) -> None:
     for place, reference in (("rl.advantage", config.rl.advantage), ("rl.loss", config.rl.loss)):
         resolve(reference, place=place)
     resolve_selections(config.rl.selections)
+    _check_siblings(config)
     resolve(config.actors.use, place="actors.use")
     _check_learner(config)
     if config.model.path is not None:
         load_tokenizer(config.model.path)
 
 
+def _check_siblings(config: Config) -> None:
+    """What ends or parts siblings before all of them are graded does not go with a reward that compares them."""
+    spread = config.actors.siblings == "spread"
+    comparing = [
+        reward.name
+        for index, reward in enumerate(config.rewards)
+        if grades_groups(resolve(reward.use, place=f"rewards.{index}.use"))
+    ]
+    if comparing and config.rl.give_up_after:
+        raise ConfigError(
+            f"rl.give_up_after={config.rl.give_up_after} ends siblings before all are graded, but reward "
+            f"{comparing[0]!r} compares all of them; set rl.give_up_after=0"
+        )
+    if comparing and spread:
+        raise ConfigError(
+            f"actors.siblings=spread lets several workers write and grade the siblings of a problem, but reward "
+            f"{comparing[0]!r} compares all of them; set actors.siblings=together"
+        )
+    if spread and config.rl.give_up_after:
+        raise ConfigError("rl.give_up_after goes by the first siblings in one engine; set actors.siblings=together")
+
+
 def _check_samples(config: Config) -> None:
     for name, stage in config.samples.items():
         place = f"samples.{name}"
-        build(stage.sampler.use, stage.sampler.options, place=f"{place}.sampler")  # says what is wrong with its options
+        # Says what is wrong with its options.
+        sampler = build(stage.sampler.use, stage.sampler.options, place=f"{place}.sampler")
+        if name in config.stages and hasattr(sampler, "check_config"):
+            sampler.check_config(config, place=f"{place}.sampler")
         if stage.problems is not None:
             source = resolve(stage.problems.use, place=f"{place}.problems.use")
             check_options(source, stage.problems.options, place=f"{place}.problems")
@@ -149,7 +182,7 @@ def _check_learner(config: Config) -> None:
 
 
 async def _train(
-    config: Config, directory: RunDirectory, console: Console, session: Session, *, resume: bool
+    config: Config, directory: RunDirectory, console: Console, session: Session, driver: Driver, *, resume: bool
 ) -> dict[str, Any]:
     # Ray's workers are other processes and perhaps other nodes: paths must not depend on where the driver stands.
     model = _starting_model(config, directory.folder)
@@ -160,26 +193,54 @@ async def _train(
         )
     stop = asyncio.Event()
     run = Run(config=config, directory=directory, console=console, stop=stop)
-    with console.waiting("starting Ray"):
-        session.connect(config.cluster)
+    status = Status(config, directory, console, run.live, driver=driver)
     try:
-        with _stopped_by_signals(stop, console):
-            await cluster.require(_demands(config, unfinished), wait_seconds=config.cluster.wait_seconds)
-            for stage in config.stages:
-                finished = directory.finished_model(stage)
-                if finished is not None:
-                    console.say(f"{stage}: finished before, not run again")
-                    model = finished
-                    continue
-                model = await _unless_stopped(stage_of(config, stage)(run, model), stop)
-                directory.finish(stage, model)
-                link_model(directory.folder, model)
+        async with status.shown(stopped=Interrupted):
+            with console.waiting("starting Ray"):
+                session.connect(config.cluster)
+            status.export = partial(_export, cluster.Exporter(METRICS))
+            with _stopped_by_signals(stop, console):
+                await cluster.require(_demands(config, unfinished), wait_seconds=config.cluster.wait_seconds)
+                async with _scaling(run, driver).watched():
+                    model = await _all_stages(run, model)
     finally:
         directory.update_summary()
         plot_curves(directory)
     summary = directory.update_summary(model=str(model))
     console.table(f"{config.name}: {directory.folder}", summary)
     return summary
+
+
+async def _all_stages(run: Run, model: Path) -> Path:
+    """One stage after the other, those that are not finished; returns the last one's model."""
+    for stage in run.config.stages:
+        finished = run.directory.finished_model(stage)
+        if finished is not None:
+            run.console.say(f"{stage}: finished before, not run again")
+            model = finished
+            continue
+        run.live.enter(stage)
+        model = await _unless_stopped(stage_of(run.config, stage)(run, model), run.stop)
+        link_model(run.directory.folder, model)  # first: a run that is killed here does the stage again
+        run.directory.finish(stage, model)
+    return model
+
+
+def _scaling(run: Run, driver: Driver) -> Scaling:
+    return Scaling(
+        run.config,
+        run.directory.folder,
+        run.live,
+        driver=driver.token,
+        demands=lambda stage: _demands(run.config, [stage]),
+        no_room=cluster.no_room,
+        ask_for=cluster.ask_for,
+        tell=run.console.say,
+    )
+
+
+def _export(exporter: cluster.Exporter, status: Mapping[str, Any]) -> None:
+    exporter.export(readings(status), {"run": status["run"], "stage": status["stage"]})
 
 
 async def _unless_stopped(stage: Any, stop: asyncio.Event) -> Path:

@@ -59,7 +59,8 @@ class Sampler(Protocol):
 
     One that needs no rollout actors says so with `uses_rollout_actors = False`: then the run does not ask for them. It
     may have a `capacity`, the answers that it writes at one time (without: what the rollout actors carry): no more is
-    asked of it than twice that.
+    asked of it than twice that. With a method `check_config(config, *, place)` it refuses, by a ConfigError and before
+    anything is started, a run that it could not answer in.
     """
 
     async def start(self, context: SamplerContext) -> None:

@@ -206,6 +206,10 @@ class RlConfig:
     """Optimizer steps on the batch of one policy step; 1 is strictly on-policy."""
     max_staleness: int = 0
     """Weights may be at most so many versions newer than those a rollout began with; 0 is synchronous."""
+    update: Literal["in_flight", "at_groups"] = "in_flight"
+    """When engines get new weights: `in_flight`, at once, and what is being generated goes on with them; `at_groups`,
+    when all groups that are being generated have ended and before others start, so that one version writes a group.
+    With `max_staleness` 0 there is no difference."""
     advantage: str = "rlsys.advantages:grpo"
     """Function from the rewards of a group [G] to their advantages [G]."""
     whiten_advantages: bool = False
@@ -251,6 +255,9 @@ class RlConfig:
     """Rollouts over which the adaptive weight changes; fewer make it faster."""
     skip_uninformative: bool = False
     """Leave out groups whose rewards are all equal and sample others in their place."""
+    give_up_after: int = 0
+    """Where the first so many siblings, by their numbers and not by when they end, all have the same reward, the others
+    are ended and the group is dropped as `given_up`; 0 never does. Not with rewards that compare siblings."""
     selections: list[str] = field(default_factory=list)
     """Functions from a `RolloutGroup` to one bool for each sibling, whether it trains, such as
     `rlsys.selection:completed_only`; each sees what the one before it left."""
@@ -285,6 +292,11 @@ class RlConfig:
         require(self.group_size >= 2, "rl.group_size must be at least 2: a group is compared with itself")
         require(self.reference_every >= 0, f"rl.reference_every is {self.reference_every}; 0 keeps the reference")
         require(self.keep_checkpoints >= 1, f"rl.keep_checkpoints is {self.keep_checkpoints}; keep at least 1")
+        require(
+            self.give_up_after == 0 or 2 <= self.give_up_after < self.group_size,
+            f"rl.give_up_after is {self.give_up_after}; it is 0, or from 2 to one less than rl.group_size "
+            f"({self.group_size})",
+        )
         require(self.max_staleness >= 0, f"rl.max_staleness is {self.max_staleness}; 0 is synchronous")
         require(
             self.sampling.top_p == 1.0 and self.sampling.temperature > 0,

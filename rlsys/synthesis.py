@@ -91,14 +91,25 @@ class ToolSynthesis:
         self._insertions_per_trace, self._max_blocks = insertions_per_trace, max_blocks
         self._traces: dict[str, list[Sample]] | None = None
 
+    def check_config(self, config: Config, *, place: str) -> None:
+        """Raise ConfigError where blocks are to be run, but the run has no tool that is called by fences."""
+        require(
+            not self._execute or (bool(config.tools) and config.chat.tool_format == "fenced"),
+            f"{place}: execute=true runs ```python blocks, which takes chat.tool_format=fenced (it is "
+            f"{config.chat.tool_format}) and a tool (there are {len(config.tools)}): "
+            'tools: [{use: "rlsys.tools.python:PythonTool"}]; or set execute: false',
+        )
+
     async def start(self, context: SamplerContext) -> None:
         """Read the source and start the rollout actors.
 
         Raises:
-            ConfigError: blocks are to be run, but the run has no Python tool that is called by fences.
+            ConfigError: as `check_config` says.
             DataError: the source is no file of samples, or has none.
         """
-        config = self._checked(context.config, f"samples.{context.stage}.sampler")
+        self.check_config(context.config, place=f"samples.{context.stage}.sampler")
+        # Without tools, blocks are text like any other.
+        config = context.config if self._execute else replace(context.config, tools=[])
         if self._source is not None:
             self._traces = await asyncio.to_thread(_traces, self._source)
         self._context = context
@@ -107,18 +118,6 @@ class ToolSynthesis:
         self._provenance = {**context.provenance, "sampler": "tool_synthesis", "model": path}
         self._provenance |= {"executed": self._execute, "source": self._source}
         self.fleet = await RolloutFleet.start(config, path)
-
-    def _checked(self, config: Config, place: str) -> Config:
-        """The run as the rollout actors see it: without tools, blocks are text like any other."""
-        if not self._execute:
-            return replace(config, tools=[])
-        require(
-            bool(config.tools) and config.chat.tool_format == "fenced",
-            f"{place}: execute=true runs ```python blocks, which takes chat.tool_format=fenced (it is "
-            f"{config.chat.tool_format}) and a tool (there are {len(config.tools)}): "
-            'tools: [{use: "rlsys.tools.python:PythonTool"}]; or set execute: false',
-        )
-        return config
 
     async def sample(self, problem: Problem, *, size: int) -> Answers:
         """Up to `size` samples, all made side by side; the blocks of one follow one another."""

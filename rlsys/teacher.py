@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rlsys.completions import Completions, Reply, TeacherError
+from rlsys.config import Config
 from rlsys.conversation import to_rollout
 from rlsys.demonstrations import Demonstration
 from rlsys.plug_in_config import require
@@ -39,7 +40,9 @@ class OpenAiTeacher:
     (`max_failed`). It also ends when nothing at all was answered for `give_up_seconds`.
 
     `thinking` puts the field `reasoning_content` (or `reasoning`) as `<think>...</think>` in front of the answer, or
-    leaves it out (`drop`).
+    leaves it out (`drop`). Where the run hides thoughts (`chat.thought`) the teacher is asked for them as the policy
+    is, and its text is told apart as the policy's: rewards see the response alone. That field is left out then: the
+    text has a thought of its own.
     """
 
     uses_rollout_actors = False
@@ -81,6 +84,10 @@ class OpenAiTeacher:
         self._place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._rewards: RunRewards | None = None
 
+    def check_config(self, _config: Config, *, place: str) -> None:  # noqa: ARG002
+        """Raise ConfigError where there is no key."""
+        self._server.headers()
+
     async def start(self, context: SamplerContext) -> None:
         """See whether the teacher is there, and start the rewards.
 
@@ -91,6 +98,8 @@ class OpenAiTeacher:
         await self._server.start(tell=context.tell)
         self._sampling = context.sampling
         self._chat = await run_chat(context.config, str(context.model))
+        if self._chat.thoughts is not None:
+            self._thinking = "drop"
         self._provenance = {
             **context.provenance,
             "sampler": "teacher",
@@ -130,7 +139,7 @@ class OpenAiTeacher:
     async def _ask(self, problem: Problem, count: int) -> tuple[list[Reply], Counter[str]]:
         request: dict[str, Any] = {
             "model": self._model,
-            "messages": [dict(message) for message in problem.prompt],
+            "messages": self._chat.messages(problem),
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             self._length_field: self._sampling.max_response_tokens,
@@ -148,7 +157,7 @@ class OpenAiTeacher:
             text = f"<think>\n{reply.reasoning.strip()}\n</think>\n\n{text}"
         finish = _FINISHES.get(reply.finish_reason, "stop")
         turn = to_rollout(_demonstration(problem, text, finish), self._chat)
-        return Rollout(
+        rollout = Rollout(
             tokens=turn.tokens,
             loss_mask=turn.loss_mask,
             logprobs=turn.logprobs,
@@ -157,11 +166,14 @@ class OpenAiTeacher:
             transcript=str(self._chat.tokenizer.decode(turn.tokens.tolist())),
             finish_reason=finish,
         )
+        return self._chat.hide_thought(rollout)
 
     def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
-        correct = rollout.metrics.get("correct")
+        correct, text = rollout.metrics.get("correct"), rollout.response
+        if rollout.num_hidden:  # what trains is the thought and the response
+            text = self._chat.decode(rollout.tokens[rollout.loss_mask].tolist())
         return Sample(
-            demonstration=_demonstration(problem, rollout.response, rollout.finish_reason),
+            demonstration=_demonstration(problem, text, rollout.finish_reason),
             num_tokens=rollout.num_trained_tokens,
             correct=None if correct is None else bool(correct),
             reward=rollout.reward,

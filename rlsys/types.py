@@ -19,6 +19,13 @@ Message = Mapping[str, Any]
 NetworkKind = Literal["policy", "scorer"]
 """What a learner trains: a language model, or one with a number for each token in place of its head."""
 
+GIVEN_UP = "given_up"
+"""The reason of rollouts that were ended because their first siblings were all rewarded alike."""
+
+NOT_FINITE = "not_finite"
+"""The metric of a rollout that says how many of its tokens had a log-prob that is not finite, where any had: such a
+log-prob stands as 0, and the rollout must not train. Also the reason for which it is dropped."""
+
 FinishReason = Literal["stop", "length", "turns"]
 """Why a rollout ended: the policy ended it, the token budget did, or the turn budget did."""
 
@@ -114,7 +121,8 @@ class RolloutGroup:
     """The siblings of one problem: the unit of advantages, filters and staleness.
 
     `dropped` counts the rollouts that are missing by reason: "prompt_too_long", "not_selected", or with what was said
-    behind it "reward_error: ...", "reward_timeout: ...", "tool_error: ...".
+    behind it "reward_error: ...", "reward_timeout: ...", "tool_error: ...". Where `GIVEN_UP` is among the reasons, the
+    others were ended before their time.
     """
 
     problem: Problem

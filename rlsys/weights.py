@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import BroadcastOptions, ProcessGroupGloo
@@ -15,6 +19,10 @@ from rlsys.errors import WeightSyncError
 
 GLOO_BACKEND = "rlsys_gloo"
 NCCL_BACKEND = "rlsys_nccl"
+
+T = TypeVar("T")
+
+_GRACE_SECONDS = 2.0
 _TABLE_WIDTH = 1021  # a prime: rows and columns of a weight matrix never line up with those of the checksum's table
 
 
@@ -37,13 +45,64 @@ class WeightGroup:
 
 
 def join_gloo_group(group: WeightGroup, *, rank: int, seconds: float) -> ProcessGroupGloo:
-    """Meet the others, apart from any default process group that this process has.
+    """Meet the others, apart from any default process group that this process has; who joins so knows only gloo.
 
     Collectives time out after `seconds`.
+
+    Raises:
+        WeightSyncError: not all came within `seconds`.
     """
+
+    def join() -> ProcessGroupGloo:
+        store = open_store(group, rank=rank, seconds=seconds)
+        if rank == 0:
+            store.set(OFFER_KEY, "null")
+        else:
+            store.set(answer_key(rank), "no")
+        return gloo_group(store, group, rank=rank, seconds=seconds)
+
+    return within(seconds, join)
+
+
+OFFER_KEY = "offer"
+
+
+def answer_key(rank: int) -> str:
+    """Where a receiver says in the store whether it takes the sender's offer."""
+    return f"answer/{rank}"
+
+
+def open_store(group: WeightGroup, *, rank: int, seconds: float) -> TCPStore:
+    """The table that the members of a group share while they meet; it is in the sender's process."""
     timeout = timedelta(seconds=seconds)
-    store = TCPStore(group.master_address, group.master_port, group.world_size, is_master=rank == 0, timeout=timeout)
-    return ProcessGroupGloo(PrefixStore("rlsys-weights", store), rank, group.world_size, timeout)
+    return TCPStore(group.master_address, group.master_port, group.world_size, is_master=rank == 0, timeout=timeout)
+
+
+def gloo_group(store: TCPStore, group: WeightGroup, *, rank: int, seconds: float) -> ProcessGroupGloo:
+    """The group of those who have met in a store."""
+    return ProcessGroupGloo(PrefixStore("rlsys-weights", store), rank, group.world_size, timedelta(seconds=seconds))
+
+
+def within(seconds: float, meet: Callable[[], T]) -> T:
+    """What `meet` returns, which has this deadline of its own; but a store whose process is frozen does not keep it.
+
+    Raises:
+        WeightSyncError: it failed, or did not return though its time was up.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(meet())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="rlsys-weights-meet").start()
+    try:
+        return result.result(timeout=seconds + _GRACE_SECONDS)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or "somebody did not come"
+        raise WeightSyncError(f"learner and engines did not meet within {seconds:g} s: {reason}") from error
 
 
 def broadcast(tensor: Tensor, group: ProcessGroupGloo) -> None:
@@ -55,6 +114,16 @@ def broadcast(tensor: Tensor, group: ProcessGroupGloo) -> None:
 
 
 def checksum(tensor: Tensor) -> int:
+    """A 64-bit checksum of the bytes in their order, at the speed of the memory: XXH3, on GPUs `table_checksum`.
+
+    Both ends of a transfer have their tensors on the same kind of device.
+    """
+    if tensor.device.type != "cpu":
+        return table_checksum(tensor)
+    return xxhash.xxh3_64_intdigest(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def table_checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of the bytes that also sees swapped blocks; two passes at memory speed, on any device.
 
     The bytes are laid out as a table of 64-bit words. Its column sums, its row sums and what does not fill a row are

@@ -84,7 +84,8 @@ def on_ray() -> Iterator[asyncio.Runner]:
 def stack(on_ray: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One engine and one learner group for all tests that need them."""
     from rlsys.config_file import load_config
-    from rlsys.fleet import LearnerGroup, RolloutFleet
+    from rlsys.fleet import RolloutFleet
+    from rlsys.learner_group import LearnerGroup
     from rlsys.scratch import build_scratch_model
 
     folder = tmp_path_factory.mktemp("stack")

@@ -12,7 +12,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rlsys.cluster import shortage
 from rlsys.config_file import load_config
-from rlsys.fleet import learner_demand, rollout_demand
+from rlsys.fleet import rollout_demand
+from rlsys.learner_group import learner_demand
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("still3_zero_32b", "still3_1_5b")

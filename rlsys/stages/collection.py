@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlsys.config import Config
 from rlsys.errors import DataError, TrainingStalledError
 from rlsys.selection import Selection, select
-from rlsys.types import RolloutGroup
+from rlsys.types import GIVEN_UP, NOT_FINITE, RolloutGroup
 
 _FAILURES = ("reward_timeout", "reward_error")
 
@@ -72,6 +72,8 @@ class Collection:
         """Those that train, with the siblings that train."""
         self.dropped: Counter[str] = Counter()
         """Rollouts that do not train, by the kind of reason, those of groups that were dropped whole included."""
+        self.broken: list[RolloutGroup] = []
+        """The siblings that were dropped because a log-prob of theirs was not finite."""
 
     @property
     def statuses(self) -> dict[str, float]:
@@ -86,6 +88,7 @@ class Collection:
             DataError: a prompt is too long and that is to be an error.
             ConfigError: a selection did not return one bool for each sibling.
         """
+        group = self._without_broken(group)
         self._num_groups += 1
         self._failures.add(group)
         self._num_rollouts += len(group.rollouts)
@@ -103,7 +106,17 @@ class Collection:
             self.dropped[kind] += len(group.rollouts)
         return reason
 
+    def _without_broken(self, group: RolloutGroup) -> RolloutGroup:
+        broken = tuple(rollout for rollout in group.rollouts if NOT_FINITE in rollout.metrics)
+        if not broken:
+            return group
+        self.broken.append(replace(group, rollouts=broken))
+        whole = tuple(rollout for rollout in group.rollouts if NOT_FINITE not in rollout.metrics)
+        return replace(group, rollouts=whole, dropped={**group.dropped, NOT_FINITE: len(broken)})
+
     def _drop_reason(self, group: RolloutGroup) -> str | None:
+        if GIVEN_UP in group.dropped:
+            return GIVEN_UP
         if len(group.rollouts) < 2:
             reasons = sorted(group.dropped, key=lambda reason: -group.dropped[reason])
             if reasons and reasons[0] == "prompt_too_long" and self._config.data.too_long == "error":

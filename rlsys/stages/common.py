@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from rlsys.errors import DataError
 from rlsys.fleet import RolloutFleet
 from rlsys.plugins import resolve
 from rlsys.records import RunDirectory
+from rlsys.status import Live
 from rlsys.types import Problem, Rollout, TrainBatch
 
 _T = TypeVar("_T")
@@ -33,6 +34,7 @@ class Run:
     directory: RunDirectory
     console: Console
     stop: asyncio.Event
+    live: Live = field(default_factory=Live)
 
 
 def load_problems(config: Config, which: str) -> list[Problem]:
@@ -79,7 +81,11 @@ def assemble(
 
 
 async def record_isolation(run: Run, fleet: RolloutFleet) -> None:
-    """Write into the summary how well tools isolate what they run, and warn where it is not the best tier."""
+    """Write into the summary how well tools isolate what they run, and warn where it is not the best tier.
+
+    From now on those who look on see this fleet, and may scale it.
+    """
+    run.live.fleet = fleet
     found = await fleet.isolation()
     run.directory.update_summary(**found)
     for name, tier in found.items():

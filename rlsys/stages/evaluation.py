@@ -94,6 +94,7 @@ def record(
         **(more or {}),
         **{f"dropped/{kind}": float(count) for kind, count in dropped.items()},
     }
+    run.directory.forget(f"{stage}/{kind}", step)  # an attempt may have been killed before anybody knew of its line
     run.directory.log(f"{stage}/{kind}", step, metrics)
     run.console.say(
         f"{stage} step {step}: {what} accuracy {metrics['accuracy']:.3f}, tool rate {metrics['tool_rate']:.2f}, "
@@ -110,5 +111,5 @@ async def evaluation(run: Run, model: Path) -> Path:
         stack.push_async_callback(fleet.close)
         await record_isolation(run, fleet)
         metrics = await evaluate(run, fleet, load_problems(run.config, "held_out"), stage="eval", step=0)
-    run.directory.update_summary(accuracy=metrics["accuracy"], tool_rate=metrics["tool_rate"])
+    run.directory.update_summary(**{key: metrics[key] for key in ("accuracy", "tool_rate", "response_tokens")})
     return model

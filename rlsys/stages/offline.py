@@ -14,7 +14,7 @@ from rlsys.checkpoint import CheckpointStore, CheckpointWriter
 from rlsys.config import OptimizerConfig
 from rlsys.conversation import to_rollout as to_rollout
 from rlsys.curriculum import endless
-from rlsys.fleet import LearnerGroup, check_finite
+from rlsys.learner_group import LearnerGroup, check_finite
 from rlsys.stages.common import Interrupted, Run
 from rlsys.types import NetworkKind, TrainBatch
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlsys.config import PreferenceConfig
-from rlsys.fleet import LearnerGroup
+from rlsys.learner_group import LearnerGroup
 from rlsys.pair_tokens import PairRollouts, mismatches
 from rlsys.pairs import PairLoss, labelled_batch, pair_batch, with_logprobs
 from rlsys.preference import PreferenceInputs, dpo, orpo, simpo

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import Config
-from rlsys.fleet import LearnerGroup, check_finite
 from rlsys.kl import KlCoefficient
+from rlsys.learner_group import LearnerGroup, check_finite
 from rlsys.plugins import resolve
 from rlsys.stages.common import assemble
 from rlsys.stages.credit import Credit, Numbers, kl_penalties, of_critic, of_groups

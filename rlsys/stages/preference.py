@@ -13,8 +13,8 @@ from rlsys.chat import load_tokenizer
 from rlsys.config import Config, PlugIn, PreferenceConfig
 from rlsys.demonstrations import Demonstration
 from rlsys.errors import DataError
-from rlsys.fleet import LearnerGroup
 from rlsys.grader_text import GraderText
+from rlsys.learner_group import LearnerGroup
 from rlsys.length_report import write_report
 from rlsys.pair_tokens import PairRollouts, hold_out, on_tokens, told
 from rlsys.pairs import (

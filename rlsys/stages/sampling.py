@@ -206,7 +206,8 @@ def _finish(run: Run, name: str, parts: SampleParts, num_problems: int) -> None:
         raise DataError(f"samples.{name}: {nothing_left(steps, parts.dropped, parts.messages)}")
     write_samples(folder / "samples.parquet", kept, about={"report": report})
     run.directory.forget_after(name, -1)
-    run.directory.log(name, 0, _metrics(report))
+    metrics = _metrics(report)
+    run.directory.log(name, 0, metrics)
     removed = ", ".join(f"{step.filter} removed {step.given - step.left}" for step in steps)
     lost = ", ".join(f"{kind} {count}" for kind, count in parts.dropped.items())
     run.console.say(
@@ -215,7 +216,8 @@ def _finish(run: Run, name: str, parts: SampleParts, num_problems: int) -> None:
         + (f"; dropped: {lost}" if lost else "")
         + f"; report: {folder / 'report.json'}"
     )
-    run.directory.update_summary(**{f"{name}_samples": len(kept)})
+    seen = {f"{name}_{key}": metrics[key] for key in ("correct", "response_tokens") if key in metrics}
+    run.directory.update_summary(**{f"{name}_samples": len(kept), **seen})
 
 
 def _metrics(report: dict[str, Any]) -> dict[str, float]:

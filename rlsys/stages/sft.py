@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlsys.fleet import LearnerGroup
+from rlsys.learner_group import LearnerGroup
 from rlsys.run_chat import run_chat
 from rlsys.stages.common import Run, assemble
 from rlsys.stages.offline import Offline, StepData, num_steps, of_step, train_offline

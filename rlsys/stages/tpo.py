@@ -50,7 +50,7 @@ async def tpo(run: Run, model: Path) -> Path:
                 fleet = await RolloutFleet.start(config, str(models[-1]))
             stack.push_async_callback(fleet.close)
             await record_isolation(run, fleet)
-            await fleet.call_all("resume", done, seconds=config.actors.sync_seconds)
+            await fleet.begin_at(done)
             chat = await run_chat(config, str(model))
             yardstick = Yardstick(run, fleet, chat, validation, held_out)
             if not measured_before:

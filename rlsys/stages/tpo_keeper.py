@@ -15,7 +15,8 @@ import numpy as np
 from rlsys.chat import Chat
 from rlsys.checkpoint import CheckpointStore, CheckpointWriter
 from rlsys.errors import CheckpointError
-from rlsys.fleet import LearnerGroup, RolloutFleet
+from rlsys.fleet import RolloutFleet
+from rlsys.learner_group import LearnerGroup
 from rlsys.plugins import resolve
 from rlsys.reward_terms import grades_groups
 from rlsys.stages.collection import RewardFailures

@@ -111,10 +111,24 @@ def test_verify_names_the_engine_and_the_tensor() -> None:
         verify({"a": 1, "b": 2}, {"rollout actor 0": {"a": 1, "b": 2}, "rollout actor 1": {"a": 1, "b": 3}}, version=7)
 
 
-def test_zz_weights_that_change_on_the_wire_stop_generation_and_are_named(stack: Any) -> None:
-    """Last, because the engine stays frozen afterwards."""
+def arm(stack: Any, *, updates: int) -> None:
     for rank in stack.learners._ranks:
-        stack.run(rank.call("arm"))
+        stack.run(rank.call("arm", updates))
+
+
+def test_weights_that_change_on_the_wire_once_are_sent_again_before_anybody_generates(stack: Any) -> None:
+    arm(stack, updates=1)
+    failures = stack.learners._sync.num_failures
+    stack.publish()
+    assert stack.learners._sync.num_failures == failures + 1
+    [rollout] = roll_out(stack, temperature=1.0, max_response_tokens=8)[0].rollouts[:1]
+    assert set(rollout.versions[rollout.versions >= 0].tolist()) == {stack.version}
+
+
+def test_zz_weights_that_change_on_the_wire_again_and_again_stop_generation_and_are_named(stack: Any) -> None:
+    """Last, because the engine stays frozen afterwards."""
+    stack.learners.is_ahead = True  # as after a step: else the engine is given the version before again
+    arm(stack, updates=3)
     with pytest.raises(WeightSyncError, match=r"rollout actor 0 holds a different model\.norm\.weight"):
         stack.run(stack.learners.publish(stack.fleet, stack.version + 1))
 

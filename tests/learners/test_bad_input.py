@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlsys.errors import CheckpointError, DataError, TrainingStalledError
-from rlsys.fleet import _merge, check_finite
+from rlsys.learner_group import _merge, check_finite
 from rlsys.learners.fsdp import FsdpLearner
 from rlsys.packing import shard
 from rlsys.scratch import ScratchModel, build_scratch_model

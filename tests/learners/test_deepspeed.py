@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsys.config import LearnersConfig
 from rlsys.config_file import load_config
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.fleet import LearnerGroup
+from rlsys.learner_group import LearnerGroup
 from rlsys.learners import head
 from rlsys.learners.deepspeed import DeepSpeedLearner
 from rlsys.learners.fsdp import FsdpLearner

@@ -12,7 +12,7 @@ import torch
 
 from rlsys import fleet
 from rlsys.errors import CheckpointError
-from rlsys.fleet import LearnerGroup, _merge
+from rlsys.learner_group import LearnerGroup, _merge
 from rlsys.learners.health import (
     RATIO_EDGES,
     RATIO_SHARES,

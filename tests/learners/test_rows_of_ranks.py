@@ -11,7 +11,7 @@ import pytest
 from rlsys import cluster
 from rlsys.config import LearnersConfig
 from rlsys.errors import ConfigError
-from rlsys.fleet import LearnerGroup
+from rlsys.learner_group import LearnerGroup
 from rlsys.learners.fsdp import FsdpLearner
 from rlsys.learners.model import Policy
 from rlsys.learners.tensor_parallel import check_fits

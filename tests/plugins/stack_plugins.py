@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from rlsys.learners.fsdp import FsdpLearner
 from rlsys.types import Problem
-from rlsys.weights import broadcast, checksum
+from rlsys.weights import checksum
 
 
 def share_of_digits(_problem: Problem, response: str) -> float:
@@ -22,21 +22,28 @@ def words_problems(*, size: int) -> list[Problem]:
 
 
 class CorruptingLearner(FsdpLearner):
-    """A learner on a bad wire: once armed, one number of one tensor changes after its checksum was taken."""
+    """A learner on a bad wire: armed, one number of one tensor changes after its checksum was taken."""
 
     victim = "model.norm.weight"
+    _bad_updates = 0
 
-    def arm(self) -> None:
-        """From now on, corrupt."""
-        if self._sender is not None:
-            self._sender.send = self._send_damaged  # type: ignore[method-assign]
+    def arm(self, updates: int) -> None:
+        """Corrupt so many updates."""
+        self._bad_updates = updates
 
-    def _send_damaged(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        sums = {}
-        for name, tensor in tensors:
-            sums[name] = checksum(tensor)
-            if name == self.victim:
-                tensor = tensor.clone()
-                tensor[0] += 1e-3
-            broadcast(tensor, self._sender._group)  # type: ignore[union-attr,attr-defined]
-        return sums
+    def send_weights(self) -> dict[str, int]:
+        """As the parent does, on that wire."""
+        if self._sender is None or not self._bad_updates:
+            return super().send_weights()
+        self._bad_updates -= 1
+        true_sums = {}
+
+        def damaged() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self._full_weights():
+                if name == self.victim:
+                    true_sums[name] = checksum(tensor)
+                    tensor = tensor.clone()
+                    tensor[0] += 1e-3
+                yield name, tensor
+
+        return self._sender.send(damaged()) | true_sums

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import Config
-from rlsys.fleet import _merge
+from rlsys.learner_group import _merge
 from rlsys.packing import shard, unpack
 from rlsys.types import TrainBatch
 from tests.learners.ranks import free_ports

@@ -1,7 +1,9 @@
 """Checkpoints: whole or passed over, whatever happens to their files; written while training goes on."""
 
 import asyncio
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rlsys import checkpoint
 from rlsys.checkpoint import Checkpoint, CheckpointStore, CheckpointWriter, check_same_model
 from rlsys.errors import CheckpointError
 
@@ -382,6 +385,22 @@ def test_what_the_last_save_failed_with_is_raised_by_the_end(store: CheckpointSt
     with pytest.raises(OSError, match="no space"):
         writing(store, body, failing=OSError("no space"))
     assert newest(store) == (None, [])
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def body(writer: CheckpointWriter, weights: Weights) -> None:
+        weights.may_write.set()
+        await writer.save(10, {})
+        await writer.finish()
+        monkeypatch.setattr(checkpoint, "_sync", full)
+        await writer.save(20, {})
+
+    with pytest.raises(CheckpointError, match=r"of step 20 could not be written .*No space left on device.*--resume"):
+        writing(store, body)
+    assert newest(store) == (10, [])
 
 
 @pytest.mark.parametrize("failing", [None, CheckpointError("the disk is full")])

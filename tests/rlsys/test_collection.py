@@ -30,9 +30,13 @@ LATE = "reward_timeout: reward 'r' did not grade within 1 s"
 BROKEN = "reward_error: reward 'r' raised ValueError: no server: 503"
 
 
-def load(folder: Path, more: str = "") -> Config:
+def load_file(folder: Path, more: str = "") -> Path:
     (folder / "run.yaml").write_text(YAML + more)
-    return load_config(folder / "run.yaml")
+    return folder / "run.yaml"
+
+
+def load(folder: Path, more: str = "") -> Config:
+    return load_config(load_file(folder, more))
 
 
 def rollout(reward: float = 0.0, *, finish: Any = "stop", **metrics: float) -> Rollout:
@@ -148,6 +152,24 @@ def test_a_group_without_a_reason_or_a_token_is_dropped(tmp_path: Path) -> None:
     )
     found = Collection(load(tmp_path), {}, step=1)
     assert (found.add(group()), found.add(group(silent, silent))) == ("no_rollouts", "no_tokens")
+
+
+def test_a_group_that_was_given_up_is_dropped_as_such_whether_uninformative_ones_train_or_not(tmp_path: Path) -> None:
+    config = load_config(load_file(tmp_path), ["rl.skip_uninformative=false"])
+    found = Collection(config, {}, step=1)
+    assert found.add(group(rollout(1.0), rollout(1.0), dropped={"given_up": 2})) == "given_up"
+    assert (found.groups, found.dropped) == ([], {"given_up": 4})
+
+
+def test_a_rollout_with_log_probs_that_are_not_finite_is_kept_aside_and_its_siblings_train(tmp_path: Path) -> None:
+    found = Collection(load(tmp_path), {}, step=1)
+    bad = rollout(0.5, not_finite=3.0)
+    assert found.add(group(rollout(1.0), bad, rollout(0.0))) is None
+    assert [each.rewards.tolist() for each in found.groups] == [[1.0, 0.0]]
+    assert [each.rollouts for each in found.broken] == [(bad,)]
+    assert found.dropped == {"not_finite": 1}
+    assert found.add(group(rollout(1.0), bad)) == "not_finite"
+    assert found.dropped == {"not_finite": 2, "too_few_siblings": 1}
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.1"])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlsys.config import RlConfig, SamplingConfig
 from rlsys.curriculum import Curriculum, endless
-from rlsys.errors import ConfigError, DataError
+from rlsys.errors import CheckpointError, ConfigError, DataError
 from rlsys.types import Problem, Rollout, RolloutGroup
 
 
@@ -28,16 +27,22 @@ def group(problem: Problem, *rewards: float) -> RolloutGroup:
     return RolloutGroup(problem=problem, rollouts=rollouts)
 
 
-def ids(stream: Any, count: int) -> list[int]:
-    return [int(problem.id) for problem in itertools.islice(stream, count)]
+def ids(stream: Curriculum, count: int) -> list[int]:
+    return [int(stream.problem(number).id) for number in itertools.islice(stream, count)]
 
 
 def learned(curriculum: Curriculum, count: int, *, hopeless: set[int]) -> list[int]:
     """The next problems, each noted at once; the hopeless ones are never solved."""
+    return [found for _, found in numbered(curriculum, count, hopeless=hopeless)]
+
+
+def numbered(curriculum: Curriculum, count: int, *, hopeless: set[int]) -> list[tuple[int, int]]:
+    """The same with the numbers that they have in the stream."""
     found = []
-    for problem in itertools.islice(curriculum, count):
-        found.append(int(problem.id))
-        curriculum.note(group(problem, 0.0, 0.0 if int(problem.id) in hopeless else 1.0))
+    for number in itertools.islice(curriculum, count):
+        problem = curriculum.problem(number)
+        found.append((number, int(problem.id)))
+        curriculum.note(number, group(problem, 0.0, 0.0 if int(problem.id) in hopeless else 1.0))
     return found
 
 
@@ -57,11 +62,13 @@ def test_a_problem_that_taught_nothing_rests_for_one_round_then_two_then_four() 
 
 def test_a_problem_that_teaches_again_has_its_turn_again() -> None:
     curriculum = Curriculum(problems(3), RlConfig(rest_uninformative=True), seed=0)
-    learned(curriculum, 3 + 2 + 3, hopeless={1})  # the third round, which it was not rested from, taught nothing again
+    found = numbered(curriculum, 3 + 2 + 3, hopeless={1})  # the third round, from which it did not rest, taught nothing
     assert curriculum.state()["rests"]["1"][0] == 2
-    stream = learned(curriculum, 2 + 2 + 3, hopeless=set())
-    assert stream.count(1) == 1
-    assert curriculum.state()["rests"] == {}
+    later = Curriculum(
+        problems(3), RlConfig(rest_uninformative=True), seed=0, after=found[-1][0], state=curriculum.state()
+    )
+    assert learned(later, 2 + 2 + 3, hopeless=set()).count(1) == 1
+    assert later.state()["rests"] == {}
 
 
 def test_where_all_rest_somebody_still_comes() -> None:
@@ -72,16 +79,33 @@ def test_where_all_rest_somebody_still_comes() -> None:
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 40), st.sets(st.integers(0, 11)))
 def test_a_stream_goes_on_where_another_was(size: int, before: int, after: int, hopeless: set[int]) -> None:
     config = RlConfig(rest_uninformative=True, difficulty="pass_rate")
-    whole = Curriculum(problems(size), config, seed=1)
-    first = learned(whole, before, hopeless=hopeless)
-    state = json.loads(json.dumps(whole.state()))
-    ahead = ids(whole, 3)  # drawn, and of unknown fate when the checkpoint is written
-    resumed = Curriculum(problems(size), config, seed=1, state=state)
-    again = learned(resumed, after, hopeless=hopeless)
+    first = Curriculum(problems(size), config, seed=1)
+    begun = numbered(first, before, hopeless=hopeless)
+    state = json.loads(json.dumps(first.state()))
+    resumed = Curriculum(problems(size), config, seed=1, after=begun[-1][0] if begun else 0, state=state)
     uninterrupted = Curriculum(problems(size), config, seed=1)
-    assert learned(uninterrupted, before, hopeless=hopeless) == first
-    assert learned(uninterrupted, after, hopeless=hopeless) == again or size <= len(hopeless)
-    assert again[:1] == ahead[: min(1, after)] or size <= len(hopeless)
+    whole = numbered(uninterrupted, before + after, hopeless=hopeless)
+    assert begun + numbered(resumed, after, hopeless=hopeless) == whole
+    assert resumed.state() == uninterrupted.state()
+
+
+@given(st.integers(1, 9), st.integers(0, 5))
+def test_a_number_means_the_same_problem_in_every_stream_with_one_seed(size: int, seed: int) -> None:
+    one = Curriculum(problems(size), RlConfig(), seed=seed)
+    other = Curriculum(problems(size), RlConfig(rest_uninformative=True), seed=seed, after=17)
+    numbers = list(range(1, 20 * size + 1))
+    in_order = [one.problem(number).id for number in numbers]
+    assert in_order == [
+        problem.id for problem in itertools.islice(endless(problems(size), seed=seed, skip=0), 20 * size)
+    ]
+    backwards = [other.problem(number).id for number in reversed(numbers)]
+    assert backwards == in_order[::-1]
+
+
+def test_a_stream_over_other_data_than_before_is_refused() -> None:
+    state = Curriculum(problems(5), RlConfig(), seed=0).state()
+    with pytest.raises(CheckpointError, match=r"with 5 training problems, but data\.train gives 4"):
+        Curriculum(problems(4), RlConfig(), seed=0, after=3, state=state)
 
 
 def test_easy_problems_come_first_and_all_of_them_at_the_last_step() -> None:

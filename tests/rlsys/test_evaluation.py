@@ -39,10 +39,12 @@ class FakeFleet:
         return RolloutGroup(problem=problem, rollouts=(rollout,) * size)
 
 
-def evaluated(tmp_path: Path, *overrides: str) -> tuple[dict[str, float], FakeFleet, RunDirectory]:
+def evaluated(
+    tmp_path: Path, *overrides: str, resume: bool = False
+) -> tuple[dict[str, float], FakeFleet, RunDirectory]:
     (tmp_path / "run.yaml").write_text(YAML)
     config = load_config(tmp_path / "run.yaml", [f"run_dir={tmp_path / 'run'}", *overrides])
-    directory, fleet = RunDirectory.open(config, resume=False, fresh=True), FakeFleet()
+    directory, fleet = RunDirectory.open(config, resume=resume, fresh=not resume), FakeFleet()
 
     async def main() -> dict[str, float]:
         run = Run(config=config, directory=directory, console=Console(), stop=asyncio.Event())
@@ -64,6 +66,13 @@ def test_sampled_and_greedy_accuracy_stand_in_one_line(tmp_path: Path) -> None:
     assert measured(directory, "eval/greedy:accuracy") == 1.0
     names = sorted(path.name for path in (directory.folder / "rollouts").iterdir())
     assert names == ["eval-eval-000000.parquet", "eval-greedy-000000.parquet"]
+
+
+def test_an_attempt_that_was_killed_behind_its_line_leaves_none_beside_the_next_ones(tmp_path: Path) -> None:
+    evaluated(tmp_path, "eval.greedy=true")
+    _, _, directory = evaluated(tmp_path, "eval.greedy=true", resume=True)
+    assert [len(directory.metrics(f"eval/{kind}")) for kind in ("eval", "greedy")] == [1, 1]
+    assert len((directory.folder / "metrics.superseded.jsonl").read_text().splitlines()) == 2
 
 
 def test_without_greedy_nothing_is_asked_twice(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Answers that exist already, as samples; and the sums that a program thinks through."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def some_answers(problems: Sequence[Problem], *, texts: Sequence[str], turns: bo
     return [Demonstration(problem=asked, segments=((text, True),)) for text in texts]
 
 
-def found(tmp_path: Path, asked: Problem, size: int, **options: Any) -> Answers:
+def found(
+    tmp_path: Path, asked: Problem, size: int, *, chat: Mapping[str, Any] | None = None, **options: Any
+) -> Answers:
     byte_tokenizer().save_pretrained(tmp_path)
     source = {"use": f"{__name__}:some_problems"}
     config = structure(
@@ -51,6 +53,7 @@ def found(tmp_path: Path, asked: Problem, size: int, **options: Any) -> Answers:
                 "model": {"path": str(tmp_path)},
                 "data": {"train": source, "held_out": source},
                 "rewards": [{"use": f"{__name__}:ends_with_answer"}],
+                "chat": dict(chat or {}),
             }
         ],
         place="test",
@@ -78,6 +81,15 @@ def test_an_answer_belongs_to_the_problem_with_its_prompt_and_is_graded_by_that(
     ]
     assert answers.samples[0].provenance["sampler"] == "given"
     assert answers.dropped == {NO_ANSWER: 1}
+
+
+def test_where_thoughts_are_hidden_the_response_alone_is_graded(tmp_path: Path) -> None:
+    thought = {"prompt": "{message} T: R:", "thought_mark": "T:", "response_mark": "R:"}
+    texts = ["T: it is 3 R: It is 2", "T: it is 2 R: It is 3", "It is 2"]
+    answers = found(tmp_path, problem("p"), 3, texts=texts, chat={"thought": thought})
+    assert [sample.text for sample in answers.samples] == texts
+    assert [sample.correct for sample in answers.samples] == [True, False, False]
+    assert [sample.metrics["thought_parse_failure"] for sample in answers.samples] == [0.0, 0.0, 1.0]
 
 
 def test_a_problem_without_an_answer_is_counted(tmp_path: Path) -> None:

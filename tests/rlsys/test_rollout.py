@@ -567,6 +567,20 @@ def test_a_reward_that_fails_is_an_error_and_never_a_zero(reward: Any, says: str
     assert tool.closed == 1
 
 
+def test_log_probs_that_are_not_finite_are_counted_and_stand_as_0() -> None:
+    class Failing(FakeEngine):
+        async def generate(self, prompt: Sequence[int], *, sampling: Mapping[str, Any]) -> Completion:
+            completion = await super().generate(prompt, sampling=sampling)
+            completion.logprobs[[0, 2]] = [np.nan, -np.inf]
+            return completion
+
+    rollout = finished(run(Failing("2 it is<|im_end|>"), reward=lambda *_: 1.0))
+    written = rollout.logprobs[rollout.loss_mask]
+    assert written[[0, 1, 2]].tolist() == pytest.approx([0.0, -0.002, 0.0])
+    assert (rollout.metrics["not_finite"], rollout.reward) == (2.0, 1.0)
+    assert "not_finite" not in finished(run(FakeEngine("2<|im_end|>"))).metrics
+
+
 # --- means -----------------------------------------------------------------------------------------------------------
 
 

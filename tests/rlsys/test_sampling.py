@@ -15,7 +15,6 @@ import pytest
 
 from rlsys.config import SamplingConfig
 from rlsys.errors import ActorError, ConfigError, DataError, TrainingStalledError
-from rlsys.fleet import RolloutFleet
 from rlsys.samplers import Answers
 from rlsys.samples import read_about, read_samples
 from rlsys.stages import Interrupted
@@ -56,33 +55,6 @@ def test_no_more_is_asked_than_twice_what_the_sampler_writes_at_once(
     FakeSampler.reset(lambda *_: asyncio.sleep(0.001))
     run(configured(tmp_path))
     assert FakeSampler.most_at_once == 3
-
-
-class FakeActor:
-    def __init__(self, alive: bool) -> None:
-        self.alive = alive
-        self.problems: list[Problem] = []
-
-    async def call(self, _method: str, problem: Any, **_options: Any) -> RolloutGroup:
-        self.problems.append(problem)
-        if not self.alive:
-            raise ActorError("actor 0 died")
-        return RolloutGroup(problem=problem, rollouts=())
-
-
-def test_what_an_engine_failed_is_tried_on_another_one() -> None:
-    actors = [FakeActor(alive=False), FakeActor(alive=True)]
-    fleet = RolloutFleet(actors, "gloo", {})  # type: ignore[arg-type]
-
-    async def ask() -> None:
-        options: Any = {"size": 1, "sampling": SamplingConfig(), "group_id": "g"}
-        with pytest.raises(ActorError):
-            await fleet.act(problem(0), **options)
-        for number in range(5):
-            await fleet.act(problem(number), **options)
-
-    asyncio.run(ask())
-    assert [len(actor.problems) for actor in actors] == [1, 5]
 
 
 def test_a_slow_problem_holds_up_neither_the_others_nor_their_parts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import rlsys.run
 import rlsys.synthesis
 from rlsys.chat import Chat
 from rlsys.config import Config
@@ -539,6 +540,19 @@ def test_a_misspelt_option_is_named_with_the_nearest_one() -> None:
 def test_execution_needs_a_tool_that_is_called_by_fences(synthesis: Synthesis, override: str) -> None:
     with pytest.raises(ConfigError, match=r"samples\.traces\.sampler: execute=true runs .* or set execute: false"):
         synthesis.sample(problem(), overrides=[override])
+
+
+@pytest.mark.parametrize("override", ["tools=[]", "chat.tool_format=template"])
+def test_execution_without_such_a_tool_is_refused_before_anything_starts(
+    override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlsys.run, "load_tokenizer", lambda _: None)
+    path = Path(rlsys.run.__file__).parent / "configs" / "still3_tool_32b.yaml"
+    rlsys.run.check(load_config(path))
+    with pytest.raises(ConfigError, match=r"samples\.blocks\.sampler: execute=true runs .* or set execute: false"):
+        rlsys.run.check(load_config(path, [override]))
+    rlsys.run.check(load_config(path, [override, "samples.blocks.sampler.options.execute=false"]))
+    rlsys.run.check(load_config(path, [override, "stages=[eval]"]))  # a stage that does not run needs no tool
 
 
 def test_a_source_that_is_missing_empty_or_of_other_problems_is_an_error_that_names_it(synthesis: Synthesis) -> None:

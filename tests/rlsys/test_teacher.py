@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -19,6 +19,7 @@ from rlsys.completions import _retry_after
 from rlsys.config import Config
 from rlsys.config_file import load_config
 from rlsys.errors import ConfigError, ResourceError, TrainingStalledError
+from rlsys.run import check
 from rlsys.samplers import Answers, SamplerContext
 from rlsys.samples import read_samples
 from rlsys.scratch import ScratchModel, build_scratch_model
@@ -78,14 +79,14 @@ def answer(body: dict[str, Any], number: int) -> web.Response:
 
 
 @asynccontextmanager
-async def teaching(folder: Path, server: FakeTeacher, **options: Any) -> Any:
+async def teaching(folder: Path, server: FakeTeacher, *, overrides: Sequence[str] = (), **options: Any) -> Any:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_get("/v1/models", server.list_models)
     async with TestServer(app) as running:
         teacher = OpenAiTeacher(**{"base_url": str(running.make_url("/v1")), "model": "big", **FAST, **options})
         told: list[str] = []
-        config = settings(folder.parent)
+        config = settings(folder.parent, *overrides)
         stage = config.samples["own"]
         try:
             await teacher.start(
@@ -104,9 +105,10 @@ def settings(folder: Path, *overrides: str) -> Config:
 
 
 class EqualsAnswer:
-    """1 where the problem's answer stands in a box; refuses to grade what says so."""
+    """1 where the problem's answer stands in a box; refuses to grade what says so, and what tells of thoughts."""
 
-    async def score(self, problem: Any, response: str, _rollout: Any) -> float:
+    async def score(self, problem: Any, response: str, rollout: Any) -> float:
+        assert "SECRET" not in response + rollout.transcript
         if "ungradable" in response:
             raise ValueError("cannot grade this")
         return float(f"\\boxed{{{problem.answer}}}" in response)
@@ -172,6 +174,28 @@ def test_reasoning_is_put_in_front_or_left_out(model: Path, field: str) -> None:
     assert kept.samples[0].correct
     dropped, _ = ask(model, thinks, thinking="drop")
     assert dropped.samples[0].text == "\\boxed{0}"
+
+
+THOUGHT = "chat.thought={prompt: '{message} T: R:', thought_mark: 'T:', response_mark: 'R:'}"
+
+
+def test_a_teacher_is_asked_for_hidden_thoughts_and_told_apart_as_the_policy_is(model: Path) -> None:
+    texts = ["T: SECRET 7 R: \\boxed{0}", "T: SECRET \\boxed{0}", "\\boxed{0}"]
+    found, server = ask(
+        model,
+        lambda _, number: said(choice(texts[number], reasoning_content="SECRET of its own")),
+        size=3,
+        overrides=[THOUGHT],
+    )
+    assert not found.dropped  # the reward saw no thought
+    assert [body["messages"] for body in server.requests] == [[{"role": "user", "content": "0? T: R:"}]] * 3
+    samples = {sample.text: sample for sample in found.samples}
+    assert set(samples) == set(texts), "what trains is the whole text, without the server's own field"
+    assert [samples[text].correct for text in texts] == [True, False, False]
+    assert [samples[text].reward for text in texts] == [1.0, 0.0, 0.0]
+    assert [samples[text].metrics["thought_parse_failure"] for text in texts] == [0.0, 1.0, 1.0]
+    assert samples[texts[0]].metrics["thought_tokens"] > 0
+    assert {sample.provenance["thinking"] for sample in found.samples} == {"drop"}
 
 
 def test_an_answer_that_was_cut_off_says_so_even_within_its_thoughts(model: Path) -> None:
@@ -308,6 +332,19 @@ def test_a_teacher_that_is_not_there_is_an_error_at_the_start(
 ) -> None:
     with pytest.raises(error, match=message):
         ask(model, answer, **options)
+
+
+def test_a_key_that_is_not_there_is_said_before_the_stages_in_front_of_the_teacher(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "{base_url: 'http://127.0.0.1:9/v1', model: big, api_key_variable: TEACHER_KEY}"
+    teacher = f"samples.own.sampler={{use: 'rlsys.teacher:OpenAiTeacher', options: {options}}}"
+    config = settings(tmp_path, teacher, f"model.path={model}")
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"variable TEACHER_KEY .*is not set"):
+        check(config)
+    monkeypatch.setenv("TEACHER_KEY", "secret-key")
+    check(config)
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ class FakeFleet:
     async def isolation(self) -> dict[str, str]:
         return {}
 
-    async def call_all(self, method: str, *_: Any, **__: Any) -> None:
-        self.world.calls[method] += 1
+    async def begin_at(self, version: int) -> None:  # noqa: ARG002
+        self.world.calls["begin_at"] += 1
 
     async def act(self, problem: Problem, *, size: int, sampling: Any, group_id: str, **_: Any) -> RolloutGroup:  # noqa: ARG002
         await asyncio.sleep(0)
