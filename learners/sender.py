@@ -28,7 +28,7 @@ def open_sender(
 ) -> WeightSender:
     """Join the group as its sender, rank 0; engines of `GLOO_BACKEND` may read from `memory`, if all of them can."""
     if backend == GLOO_BACKEND:
-        gloo = offer_weights(group, memory and memory.coming, seconds=seconds)
+        gloo = offer_weights(group, None if memory is None else memory.coming, seconds=seconds)
         if gloo is not None:
             return GlooSender(gloo)
         assert memory is not None

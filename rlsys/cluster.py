@@ -148,10 +148,11 @@ def ask_for(demands: Sequence[Demand]) -> None:
 class Actor:
     """A plain object that Ray placed in a process of its own; every call has a deadline."""
 
-    def __init__(self, name: str, handle: Any, *, call_seconds: float) -> None:
+    def __init__(self, name: str, handle: Any, *, call_seconds: float, cancels: bool = False) -> None:
         self.name = name
         self._handle = handle
         self._call_seconds = call_seconds
+        self._cancels = cancels
 
     async def call(self, method: str, *args: Any, seconds: float | None = None, **kwargs: Any) -> Any:
         """Call a method and await its result.
@@ -167,6 +168,10 @@ class Actor:
         try:
             async with asyncio.timeout(limit):  # `wait_for` of Python 3.11 may swallow a cancellation
                 return await asyncio.wrap_future(reference.future())
+        except asyncio.CancelledError:
+            if self._cancels:
+                ray.cancel(reference)
+            raise
         except (TimeoutError, GetTimeoutError) as error:
             raise ActorTimeoutError(f"{self.name}.{method} did not answer within {limit:g} s") from error
         except RayTaskError as error:
@@ -205,11 +210,13 @@ def place(
     concurrency: int = 1,
     first_index: int = 0,
     restarts: bool = False,
+    cancels: bool = False,
 ) -> list[Actor]:
     """Start one actor of `cls` for each set of keyword arguments; returns at once, the actors start side by side.
 
     They are named after the demand and numbered from `first_index`. With `restarts` Ray replaces one that dies: the new
     one is made with the same arguments, on any node, and has no memory of calls before; those under way have failed.
+    With `cancels` a call whose caller is cancelled is cancelled in the actor too, whose methods are coroutines.
     """
     remote: Any = ray.remote(cls).options(
         num_cpus=demand.cpus,
@@ -219,7 +226,7 @@ def place(
         max_restarts=-1 if restarts else 0,
     )
     return [
-        Actor(f"{demand.what} {index}", remote.remote(**keywords), call_seconds=call_seconds)
+        Actor(f"{demand.what} {index}", remote.remote(**keywords), call_seconds=call_seconds, cancels=cancels)
         for index, keywords in enumerate(arguments, first_index)
     ]
 

@@ -190,7 +190,7 @@ class RolloutFleet:
             assert isinstance(group, RolloutGroup)
             return group
         except LOST as error:
-            if life.left:
+            if life is not None and life.left:
                 raise _LeftEarly(f"{worker.name} has left") from error
             self.lose(worker.name, error)
             raise
@@ -399,6 +399,7 @@ def _placed(config: Config, model_path: str, index: int) -> Actor:
         call_seconds=config.cluster.call_seconds,
         concurrency=4096,
         first_index=index,
+        cancels=True,  # nobody waits for what an ended loop had begun, and an engine has other things to write
     )[0]
 
 

@@ -120,7 +120,7 @@ def checksum(tensor: Tensor) -> int:
     """
     if tensor.device.type != "cpu":
         return table_checksum(tensor)
-    return xxhash.xxh3_64_intdigest(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_intdigest(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def table_checksum(tensor: Tensor) -> int:

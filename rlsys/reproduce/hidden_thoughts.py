@@ -28,17 +28,27 @@ WORKED = " Solve with steps"
 _TALK = (2, 4)
 
 
+_UNASKED = ("direct", "worked")
+
+
 def thought_demonstrations(
-    problems: Sequence[Problem], *, size: int, seed: int, thought: Mapping[str, Any], shares: Mapping[str, float]
+    problems: Sequence[Problem],
+    *,
+    size: int,
+    seed: int,
+    thought: Mapping[str, Any],
+    shares: Mapping[str, float],
+    ask: bool = True,
 ) -> list[Demonstration]:
     r"""`size` demonstrations in these styles (see `STYLES`), `shares` of each; all but guesses have the right answer.
 
     `thought` is what the run's `chat.thought` will be; here the prompt is part of the problem, so that one stage of
-    fine-tuning has demonstrations with and without it: `chat.thought` must be null in that stage. Problems need
+    fine-tuning has demonstrations with and without it: `chat.thought` must be null in that stage. With `ask: false` the
+    prompt is left to the run's `chat.thought`, and there are no `direct` and no `worked` ones. Problems need
     `metadata["expression"]`, a sum (reasoning-gym's chain_sum). Responses are `\boxed{...}`.
 
     Raises:
-        ConfigError: an unknown style, or shares that are not 1 in all.
+        ConfigError: an unknown style, shares that are not 1 in all, or such styles with `ask: false`.
     """
     unknown = sorted(set(shares) - set(STYLES))
     if unknown or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0 or not problems:
@@ -46,10 +56,13 @@ def thought_demonstrations(
             f"shares {dict(shares)} of thought_demonstrations must be of {', '.join(STYLES)} and add up to 1, and "
             f"there must be problems ({len(problems)})"
         )
+    if not ask and (unasked := [style for style in _UNASKED if shares.get(style)]):
+        raise ConfigError(f"thought_demonstrations with ask=false asks all for thoughts; leave out {unasked} of shares")
     thoughts, generator = Thoughts(ThoughtConfig(**thought)), random.Random(seed)
     order = drawn(problems, size, generator)
     styles = generator.choices(list(shares), weights=list(shares.values()), k=size)
-    return [_demonstration(problem, style, thoughts, generator) for problem, style in zip(order, styles, strict=True)]
+    found = [_demonstration(problem, style, thoughts, generator) for problem, style in zip(order, styles, strict=True)]
+    return found if ask else [replace(one, problem=own) for one, own in zip(found, order, strict=True)]
 
 
 def _demonstration(problem: Problem, style: str, thoughts: Thoughts, generator: random.Random) -> Demonstration:

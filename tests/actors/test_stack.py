@@ -93,6 +93,26 @@ def test_running_generations_are_kept_through_an_update_and_carry_both_versions(
     assert both > 0
 
 
+def test_what_nobody_waits_for_any_more_is_not_written_to_its_end(stack: Any) -> None:
+    [actor] = stack.fleet.actors
+
+    async def begin_and_leave() -> float:
+        sampling = replace(stack.config.rl.sampling, max_response_tokens=400)
+        task = asyncio.create_task(
+            stack.fleet.act(words_problems(size=1)[0], size=8, sampling=sampling, group_id="left")
+        )
+        while (await actor.call("pulse"))["running"] == 0:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        async with asyncio.timeout(60):
+            while (pulse := await actor.call("pulse"))["running"]:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(1.0)
+        return float((await actor.call("pulse"))["tokens"] - pulse["tokens"])
+
+    assert stack.run(begin_and_leave()) == 0
+
+
 def test_a_policy_learns(stack: Any) -> None:
     """By chance one token in thirty is a digit; the tests before this one may have taught it a little more."""
     stack.publish()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rlsys.actors.reward import RewardActor
 from rlsys.chat import Chat
 from rlsys.config import PoolConfig, RewardConfig, SamplingConfig
+from rlsys.conversation import to_rollout
 from rlsys.errors import ConfigError, DataError
 from rlsys.interfaces import RewardResult
 from rlsys.reproduce.hidden_thoughts import thought_demonstrations
@@ -448,3 +449,17 @@ def test_styles_come_in_their_shares_and_others_are_refused() -> None:
     for shares in ({"direct": 0.5}, {"direct": 0.5, "muse": 0.5}, {"direct": 1.5, "talk": -0.5}):
         with pytest.raises(ConfigError, match="must be of direct, worked, steps"):
             thought_demonstrations(SUMS, size=1, seed=1, thought=THOUGHT, shares=shares)
+
+
+def test_the_thought_prompt_may_be_left_to_the_chat_of_the_run() -> None:
+    same: dict[str, Any] = {"size": 20, "seed": 0, "thought": THOUGHT}
+    asked = thought_demonstrations(SUMS, shares={"steps": 0.5, "guess": 0.5}, **same)
+    left = thought_demonstrations(SUMS, shares={"steps": 0.5, "guess": 0.5}, ask=False, **same)
+    assert [one.text for one in left] == [one.text for one in asked]
+    assert all(one.problem in SUMS for one in left)
+    chat = Chat(TOKENIZER, [], thoughts=THOUGHTS)
+    plain = Chat(TOKENIZER, [])
+    for one, other in zip(left, asked, strict=True):
+        assert to_rollout(one, chat).tokens.tolist() == to_rollout(other, plain).tokens.tolist()
+    with pytest.raises(ConfigError, match=r"leave out \['worked'\] of shares"):
+        thought_demonstrations(SUMS, shares={"worked": 1.0}, ask=False, **same)
