@@ -140,20 +140,19 @@ def test_learner_and_engine_on_one_host_use_shared_memory_by_themselves(host: Ho
 
 
 def test_a_transfer_that_breaks_in_the_middle_is_followed_by_one_that_succeeds(host: Host) -> None:
-    """Some layers have all of the new weights by then, one has a part of them."""
+    """Some layers have all of the wrong weights by then, the next a part of them."""
     host.load(host.first)
     expected = host.says()
-    names = host.plan.names[: len(host.plan.names) // 2]
-    half = WeightPlan(names=names, dtype_names=["float32"] * len(names), shapes=host.plan.shapes[: len(names)])
-    memory = SharedWriter(half)
+    middle = len(host.plan.names) // 2
+    names = [*host.plan.names[:middle], "model.of_another.weight"]
+    plan = WeightPlan(names=names, dtype_names=["float32"] * len(names), shapes=[*host.plan.shapes[:middle], [4]])
+    memory = SharedWriter(plan)
     with memory.writing() as block:
-        for name in names:
-            block[name].fill_(float("nan"))
-    memory._headers[1][1] = 3  # as if overwritten after the first look
-    place = memory.coming
+        for tensor in block.values():
+            tensor.fill_(float("nan"))
     host.runner.run(host.engine.pause())
-    with pytest.raises(Exception, match="shared weights"):
-        host.runner.run(host.engine.receive_weights(half, published=replace(place, serial=1)))
+    with pytest.raises(Exception, match="of_another"):
+        host.runner.run(host.engine.receive_weights(plan, published=memory.published))
     memory.close()
     host.load(host.first)
     assert same(host.says(), expected)

@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 
-from rlsys.config import SamplingConfig
 from rlsys.errors import ActorError, ConfigError, DataError, TrainingStalledError
 from rlsys.samplers import Answers
 from rlsys.samples import read_about, read_samples
 from rlsys.stages import Interrupted
-from rlsys.types import Problem, RolloutGroup
 from tests.rlsys.sampling_stage import FakeSampler, configured, in_stage, numbered, part_files, problem, sample, written
 
 ROOT = Path(__file__).resolve().parents[2]
