@@ -327,7 +327,7 @@ async def _one_death(fleet: RolloutFleet, number: int) -> Sample:
     await asyncio.sleep(0.3)
     victim = fleet.roster.serving[0]
     carried = victim.in_flight // 8
-    process = await fleet._lives[victim.name].actor.call("process")
+    process = await next(one for one in fleet.actors if one.name == victim.name).call("process")
     before = fleet.num_redispatched
     killed = time.time()
     os.kill(process, signal.SIGKILL)

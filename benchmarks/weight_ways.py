@@ -5,7 +5,8 @@
 A sender has the tensors of a model of 195 million parameters in float32, 137 of them; one receiver, then two, have a
 model of the same shapes. The clock runs from the word to send until every receiver has copied all of it into its model.
 
-* `shared`: ours. The sender sums each tensor up and writes it into shared memory; receivers sum up and copy from there.
+* `shared`: ours. The sender writes each tensor into shared memory and sums it up; receivers follow it from tensor to
+  tensor, sum up and copy from there.
 * `gloo`: ours where learner and engines are on several hosts: one broadcast for each tensor, summed up at both ends.
 * `file`: `torch.save` of a dictionary into the folder for temporary files, `torch.load` of it.
 * `list`: Ray's object store with the list of tensors, put once and fetched by each receiver.

@@ -46,10 +46,10 @@ class SharedSender:
         self._memory = memory
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        with self._memory.writing() as block:
+        with self._memory.writing() as put:
 
             def write(name: str, tensor: Tensor) -> int:
-                block[name].copy_(tensor)
+                put(name, tensor)
                 return checksum(tensor.cpu())
 
             return _one_ahead(tensors, write)

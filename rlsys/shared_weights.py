@@ -5,7 +5,8 @@ So nothing can be left behind, however a process ends: the kernel frees the memo
 There are two blocks in turn, so that the weights that were published last stay readable while the next are written.
 
 A block is a page with a header and then the tensors of the plan, one after another. The header is the token of its
-writer and the serial number of the weights in it: 0 while they are being written, -N if number N will never come.
+writer, the serial number of the weights in it (-N if number N will never be complete), and how many tensors of them are
+there already: readers follow the writer from tensor to tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from rlsys.weights import WeightPlan
 
 _HEADER_BYTES = 4096
 _ALIGNMENT = 64
-_POLL_SECONDS = 0.001
+_POLL_SECONDS = 0.0002
+_TOKEN, _SERIAL, _NUM_WRITTEN = range(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class SharedWriter:
         self._headers = [_header(block) for block in blocks]
         self._tensors = [_views(block, plan, places) for block in blocks]
         for header in self._headers:
-            header[0] = self._token
+            header[_TOKEN] = self._token
 
     @classmethod
     def where_it_fits(cls, plan: WeightPlan) -> SharedWriter | None:
@@ -93,21 +95,36 @@ class SharedWriter:
         return SharedPlace(process=os.getpid(), descriptors=(first, second), token=self._token, serial=serial)
 
     @contextmanager
-    def writing(self) -> Iterator[dict[str, Tensor]]:
-        """The next block, to be filled; readers see it when the context ends, or never if it raises."""
-        self._headers[self._next % 2][1] = 0
+    def writing(self) -> Iterator[Callable[[str, Tensor], None]]:
+        """A function that writes the next tensor of the plan, all of which must have come when the context ends.
+
+        Raises:
+            WeightSyncError: a tensor is not that of the plan, or they are not all.
+        """
+        header, tensors = self._headers[self._next % 2], self._tensors[self._next % 2]
+        names = iter(tensors)
+
+        def put(name: str, tensor: Tensor) -> None:
+            if (expected := next(names, None)) != name:
+                raise WeightSyncError(f"the learner's plan has {expected or 'nothing'} where {name} comes")
+            tensors[name].copy_(tensor)
+            header[_NUM_WRITTEN] += 1
+
+        header[_NUM_WRITTEN] = 0
+        header[_SERIAL] = self._next
         try:
-            yield self._tensors[self._next % 2]
+            yield put
+            if (missing := next(names, None)) is not None:
+                raise WeightSyncError(f"the learner's plan has {missing}, which did not come")
         except BaseException:
             self.withdraw()
             raise
-        self._headers[self._next % 2][1] = self._next
         self._published = self._next
         self._next += 1
 
     def withdraw(self) -> None:
         """Let those that wait for the next weights know that they will not come."""
-        self._headers[self._next % 2][1] = -self._next
+        self._headers[self._next % 2][_SERIAL] = -self._next
         self._next += 2  # not the other block: it holds what was published last
 
     def close(self) -> None:
@@ -126,47 +143,54 @@ class SharedReader:
 
     def __init__(self, place: SharedPlace) -> None:
         self._place = place
-        self._paths = [Path(f"/proc/{place.process}/fd/{descriptor}") for descriptor in place.descriptors]
+        folder = Path(f"/proc/{place.process}/fd")
+        self._path = folder / str(place.descriptors[0])
         try:
-            self._blocks = [_mapped(path) for path in self._paths]
+            self._blocks = [_mapped(folder / str(descriptor)) for descriptor in place.descriptors]
         except (OSError, ValueError) as error:
             raise WeightSyncError(f"the learner's shared memory cannot be opened from here: {error}") from error
         self._headers = [_header(block) for block in self._blocks]
-        if any(header[0] != place.token for header in self._headers):
-            raise WeightSyncError(f"{self._paths[0]} is no shared memory of this run's learner")
+        if any(header[_TOKEN] != place.token for header in self._headers):
+            raise WeightSyncError(f"{self._path} is no shared memory of this run's learner")
 
     def read(self, serial: int, plan: WeightPlan, *, seconds: float) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of weights `serial`, in the order of the plan, once they are there.
+        """Names and tensors of weights `serial`, in the order of the plan, each as soon as it is there.
 
         The tensors are the shared memory itself: whoever keeps one longer than this iterates must copy it.
 
         Raises:
-            WeightSyncError: they did not come within `seconds`, will not come, are of another plan, or were overwritten
-                before all was read.
+            WeightSyncError: they did not all come within `seconds`, will not come, are of another plan, or were
+                overwritten before all were read.
         """
-        self._wait(serial, time.monotonic() + seconds, seconds)
+        until = time.monotonic() + seconds
         places, size = _layout(plan)
-        block = self._blocks[serial % 2]
+        block, header = self._blocks[serial % 2], self._headers[serial % 2]
         if len(block) != size:
             raise WeightSyncError(
                 f"the learner shares {len(block)} bytes of weights where {size} are expected: another model"
             )
-        yield from _views(block, plan, places).items()
-        if self._found(serial) != serial:
-            raise WeightSyncError(f"shared weights {serial} were overwritten while they were read")
+        for number, pair in enumerate(_views(block, plan, places).items()):
+            while not (self._has_begun(serial) and header[_NUM_WRITTEN] > number):
+                if not self._path.exists():
+                    raise WeightSyncError(f"the learner (process {self._place.process}) ended before it sent {pair[0]}")
+                if time.monotonic() > until:
+                    raise WeightSyncError(f"the learner did not share its weights within {seconds:g} s, not {pair[0]}")
+                time.sleep(_POLL_SECONDS)
+            yield pair
+        self._has_begun(serial)  # still
 
-    def _wait(self, serial: int, until: float, seconds: float) -> None:
-        while (found := self._found(serial)) != serial:
-            if abs(found) >= serial:
-                raise WeightSyncError(f"shared weights {serial} are not there and will not come")
-            if not self._paths[0].exists():
-                raise WeightSyncError(f"the learner (process {self._place.process}) ended before it shared its weights")
-            if time.monotonic() > until:
-                raise WeightSyncError(f"the learner did not share its weights within {seconds:g} s")
-            time.sleep(_POLL_SECONDS)
+    def _has_begun(self, serial: int) -> bool:
+        """Whether these weights are in their block, or on their way into it; False if they will come later.
 
-    def _found(self, serial: int) -> int:
-        return int(self._headers[serial % 2][1])
+        Raises:
+            WeightSyncError: they will not come, or are there no longer.
+        """
+        found = int(self._headers[serial % 2][_SERIAL])
+        if found == -serial:
+            raise WeightSyncError(f"shared weights {serial} will not come: the learner gave them up")
+        if abs(found) > serial:
+            raise WeightSyncError(f"shared weights {serial} were overwritten before all of them were read")
+        return found == serial
 
 
 def _layout(plan: WeightPlan) -> tuple[list[tuple[int, int]], int]:
@@ -189,8 +213,8 @@ def _views(block: mmap.mmap, plan: WeightPlan, places: list[tuple[int, int]]) ->
 
 
 def _header(block: mmap.mmap) -> NDArray[np.int64]:
-    """Token and serial number at the beginning of a block [2]."""
-    return np.frombuffer(block, dtype=np.int64, count=2)
+    """The header of a block [3]."""
+    return np.frombuffer(block, dtype=np.int64, count=3)
 
 
 def _anonymous_file(size: int) -> int:

@@ -38,9 +38,9 @@ class Host:
     first: dict[str, Tensor]
 
     def write(self, weights: dict[str, Tensor]) -> dict[str, int]:
-        with self.memory.writing() as block:
+        with self.memory.writing() as put:
             for name, tensor in weights.items():
-                block[name].copy_(tensor)
+                put(name, tensor)
         return {name: checksum(tensor) for name, tensor in weights.items()}
 
     def load(self, weights: dict[str, Tensor]) -> dict[str, int]:
@@ -147,9 +147,9 @@ def test_a_transfer_that_breaks_in_the_middle_is_followed_by_one_that_succeeds(h
     names = [*host.plan.names[:middle], "model.of_another.weight"]
     plan = WeightPlan(names=names, dtype_names=["float32"] * len(names), shapes=[*host.plan.shapes[:middle], [4]])
     memory = SharedWriter(plan)
-    with memory.writing() as block:
-        for tensor in block.values():
-            tensor.fill_(float("nan"))
+    with memory.writing() as put:
+        for name, shape in zip(names, plan.shapes, strict=True):
+            put(name, torch.full(shape, float("nan")))
     host.runner.run(host.engine.pause())
     with pytest.raises(Exception, match="of_another"):
         host.runner.run(host.engine.receive_weights(plan, published=memory.published))

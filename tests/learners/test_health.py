@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsys import fleet
+from rlsys import learner_group
 from rlsys.errors import CheckpointError
 from rlsys.learner_group import LearnerGroup, _merge
 from rlsys.learners.health import (
@@ -197,7 +197,7 @@ def group_of(*ranks: Rank) -> LearnerGroup:
 
 
 def test_a_checkpoint_is_written_when_all_ranks_have_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "_SAVED_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(learner_group, "_SAVED_EVERY_SECONDS", 0.0)
     quick, slow = Rank(asks=1), Rank(asks=4)
     asyncio.run(group_of(quick, slow).saved())
     assert (quick.asks, slow.asks) == (-3, 0)

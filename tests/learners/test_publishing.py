@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsys.actors.receivers import GlooReceiver, SharedReceiver, WeightReceiver, open_receiver
+from rlsys.errors import WeightSyncError
 from rlsys.learners.fsdp import FsdpLearner
 from rlsys.shared_weights import SharedReader
 from rlsys.weights import GLOO_BACKEND, WeightGroup, WeightPlan, checksum, join_gloo_group
@@ -126,7 +127,7 @@ def test_the_ranks_gather_to_the_end_also_what_cannot_be_sent(learner: Any, thre
             yield name if len(gathered) != 2 else "no tensor of the plan", tensor
 
     learner._full_weights = noted
-    with pytest.raises(KeyError, match="no tensor of the plan"):
+    with pytest.raises(WeightSyncError, match="where no tensor of the plan comes"):
         learner.send_weights()
     assert gathered == learner._plan.names
     del learner._full_weights

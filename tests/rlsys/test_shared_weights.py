@@ -35,9 +35,9 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 
 def write(writer: SharedWriter, seed: int) -> None:
-    with writer.writing() as block:
+    with writer.writing() as put:
         for name, tensor in tensors(seed).items():
-            block[name].copy_(tensor)
+            put(name, tensor)
 
 
 def copies(reader: SharedReader, serial: int, *, seconds: float = 20.0) -> dict[str, Tensor]:
@@ -96,10 +96,24 @@ def test_who_comes_late_reads_what_was_published_last_while_the_next_is_being_wr
     write(writer, seed=2)
     published = writer.published
     assert published is not None
-    with writer.writing() as block:
-        block["matrix"].zero_()
-        assert writer.published == published
-        assert same(copies(SharedReader(published), published.serial, seconds=0), tensors(2))
+    with writer.writing() as put:
+        for name, tensor in tensors(3).items():
+            put(name, tensor)
+            assert writer.published == published
+            assert same(copies(SharedReader(published), published.serial, seconds=0), tensors(2))
+    assert writer.published == replace(published, serial=3)
+
+
+def test_a_reader_follows_the_writer_from_tensor_to_tensor(writer: SharedWriter) -> None:
+    for seed in (1, 2, 3):
+        reading = SharedReader(writer.coming).read(writer.coming.serial, PLAN, seconds=60)
+        with writer.writing() as put:
+            for name, tensor in tensors(seed).items():
+                put(name, tensor)
+                found, there = next(reading)
+                assert found == name
+                assert torch.equal(there, tensor)
+        assert list(reading) == []
 
 
 def test_a_reader_waits_until_the_weights_are_there(writer: SharedWriter) -> None:
@@ -110,51 +124,89 @@ def test_a_reader_waits_until_the_weights_are_there(writer: SharedWriter) -> Non
     timer.join()
 
 
-def test_a_reader_gives_up_at_its_deadline(writer: SharedWriter) -> None:
-    with pytest.raises(WeightSyncError, match=r"did not share its weights within 0\.1 s"):
+def test_a_reader_gives_up_at_its_deadline_and_names_what_did_not_come(writer: SharedWriter) -> None:
+    with pytest.raises(WeightSyncError, match=r"did not share its weights within 0\.1 s, not matrix"):
         copies(SharedReader(writer.coming), 1, seconds=0.1)
-    with pytest.raises(WeightSyncError, match="did not share"), writer.writing():
-        copies(SharedReader(writer.coming), 1, seconds=0.1)
+    place = writer.coming
+    with writer.writing() as put:
+        put("matrix", tensors(1)["matrix"])
+        with pytest.raises(WeightSyncError, match="not halves"):
+            copies(SharedReader(place), 1, seconds=0.1)
+        for name, tensor in list(tensors(1).items())[1:]:
+            put(name, tensor)
 
 
 def test_weights_that_were_overwritten_are_not_read(writer: SharedWriter) -> None:
     reader = SharedReader(writer.coming)
     for seed in (1, 2, 3):
         write(writer, seed)
-    with pytest.raises(WeightSyncError, match="weights 1 are not there and will not come"):
+    with pytest.raises(WeightSyncError, match="weights 1 were overwritten"):
         copies(reader, 1)
 
 
-def test_weights_that_are_overwritten_while_they_are_read_are_refused(writer: SharedWriter) -> None:
+@pytest.mark.parametrize("num_read", [1, 4, 5])
+def test_weights_that_are_overwritten_while_they_are_read_are_refused(writer: SharedWriter, num_read: int) -> None:
     reader = SharedReader(writer.coming)
     write(writer, seed=1)
     reading = reader.read(1, PLAN, seconds=1)
-    next(reading)
-    write(writer, seed=2)
-    assert next(reading)[0] == "halves", "the next ones go into the other block"
-    with pytest.raises(WeightSyncError, match="overwritten while"), writer.writing():
+    assert next(reading)[0] == "matrix"
+    write(writer, seed=2)  # into the other block
+    for name in PLAN.names[1:num_read]:
+        assert next(reading)[0] == name
+    write(writer, seed=3)
+    with pytest.raises(WeightSyncError, match="weights 1 were overwritten"):
         list(reading)
 
 
-def test_a_writer_that_fails_tells_readers_at_once_and_keeps_what_was_published(writer: SharedWriter) -> None:
-    write(writer, seed=1)
-    reader = SharedReader(writer.coming)
-
-    def fail() -> None:
-        with writer.writing() as block:
-            block["matrix"].zero_()
+def break_after(writer: SharedWriter, num_written: int) -> None:
+    def write_some() -> None:
+        with writer.writing() as put:
+            for name, tensor in list(tensors(9).items())[:num_written]:
+                put(name, tensor)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fail()
-    with pytest.raises(WeightSyncError, match="weights 2 are not there and will not come"):
+        write_some()
+
+
+@pytest.mark.parametrize("num_written", [0, 2, 5])
+def test_a_writer_that_fails_tells_readers_at_once_and_keeps_what_was_published(
+    writer: SharedWriter, num_written: int
+) -> None:
+    write(writer, seed=1)
+    reader = SharedReader(writer.coming)
+    break_after(writer, num_written)
+    with pytest.raises(WeightSyncError, match="weights 2 will not come"):
         copies(reader, 2, seconds=60)
+    break_after(writer, num_written)
     published = writer.published
     assert published is not None
     assert same(copies(reader, published.serial), tensors(1))
     serial = writer.coming.serial
     write(writer, seed=5)
     assert same(copies(SharedReader(replace(writer.coming, serial=serial)), serial), tensors(5))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["halves"], "has matrix where halves comes"),
+        (["matrix", "matrix"], "has halves where matrix comes"),
+        ([*PLAN.names, "more"], "has nothing where more comes"),
+        (["matrix"], "has halves, which did not come"),
+    ],
+)
+def test_only_the_tensors_of_the_plan_in_their_order_are_taken(
+    writer: SharedWriter, names: list[str], message: str
+) -> None:
+    def write_these() -> None:
+        with writer.writing() as put:
+            for name in names:
+                put(name, tensors(1).get(name, torch.zeros(1)))
+
+    with pytest.raises(WeightSyncError, match=message):
+        write_these()
+    assert writer.published is None
 
 
 def test_another_plan_is_refused(writer: SharedWriter) -> None:
@@ -219,7 +271,7 @@ def test_a_learner_that_was_killed_while_somebody_waits_ends_the_wait() -> None:
     reader = SharedReader(place)
     killing = threading.Timer(0.3, lambda: (learner.kill(), learner.wait()))
     killing.start()
-    with pytest.raises(WeightSyncError, match="ended before it shared"):
+    with pytest.raises(WeightSyncError, match="ended before it sent"):
         copies(reader, place.serial, seconds=60)
     killing.join()
 
