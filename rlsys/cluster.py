@@ -169,7 +169,7 @@ class Actor:
             async with asyncio.timeout(limit):  # `wait_for` of Python 3.11 may swallow a cancellation
                 return await asyncio.wrap_future(reference.future())
         except asyncio.CancelledError:
-            if self._cancels:
+            if self._cancels and ray.is_initialized():  # else it would start a cluster to cancel in
                 ray.cancel(reference)
             raise
         except (TimeoutError, GetTimeoutError) as error:

@@ -45,10 +45,12 @@ def live_world(on_ray: asyncio.Runner, model: str, tmp_path_factory: pytest.Temp
         return world
 
     world = on_ray.run(start())
-    yield world
-    started = faults.processes()
-    on_ray.run(world.learners.close())
-    on_ray.run(world.fleet.close())
+    try:
+        yield world
+    finally:
+        started = faults.processes()
+        on_ray.run(world.learners.close())
+        on_ray.run(world.fleet.close())
     wait_for_end(started)
     assert not shared_blocks(process.pid for process in started)
 

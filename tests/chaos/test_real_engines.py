@@ -97,10 +97,12 @@ def live_real(on_ray: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) 
         return real
 
     real = on_ray.run(start())
-    yield real
-    on_ray.run(real.processes())
-    on_ray.run(real.learners.close())
-    on_ray.run(real.fleet.close())
+    try:
+        yield real
+        on_ray.run(real.processes())
+    finally:
+        on_ray.run(real.learners.close())
+        on_ray.run(real.fleet.close())
     wait_for_end(list(real.seen))
 
 
