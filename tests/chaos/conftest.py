@@ -52,7 +52,7 @@ def live_world(on_ray: asyncio.Runner, model: str, tmp_path_factory: pytest.Temp
         on_ray.run(world.learners.close())
         on_ray.run(world.fleet.close())
     wait_for_end(started)
-    assert not shared_blocks(process.pid for process in started)
+    assert not shared_blocks()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class Chaos:
         finally:
             started = self.faults.processes()
             wait_for_end(started)
-            assert not shared_blocks(process.pid for process in started)
+            assert not shared_blocks()
 
     @property
     def directory(self) -> Path:

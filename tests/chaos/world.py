@@ -146,7 +146,6 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def shared_blocks(pids: Iterable[int]) -> list[str]:
-    """Shared memory of these processes that has a name still."""
-    marks = [f"-{pid}-" for pid in pids] + [f"_{pid}_" for pid in pids]
-    return [path.name for path in Path("/dev/shm").glob("rlsys*") if any(mark in f"{path.name}-" for mark in marks)]
+def shared_blocks() -> list[str]:
+    """Shared memory that has a name and so outlives who made it: weights are in memory without one."""
+    return [path.name for path in Path("/dev/shm").glob("*rlsys*")]
