@@ -208,7 +208,7 @@ def test_log_probs_that_are_no_numbers_are_dropped_counted_and_written_down(chao
     assert chaos.error is None, chaos.error
     assert len(chaos.faults.struck) == 2
     assert summary["steps"] == 4
-    assert list((chaos.directory / "rollouts").glob("rl-broken-*"))
+    assert list((chaos.directory / "rollouts").glob("rl-not_finite-*"))
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
