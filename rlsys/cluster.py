@@ -182,14 +182,26 @@ class Actor:
             wrapped.add_note(str(error))
             raise wrapped from error
         except RayActorError as error:
-            reason = " ".join(str(error).split())
-            if len(reason) > 900:  # a traceback: what and where at its beginning, why at its end
-                reason = f"{reason[:300]} ... {reason[-600:]}"
-            raise ActorDiedError(f"{self.name} died during {method}: {reason}") from error
+            raise ActorDiedError(f"{self.name} died during {method}: {why_it_died(str(error))}") from error
 
     def kill(self, *, restart: bool = False) -> None:
         """End the process now; with `restart` Ray replaces it, if it was placed so."""
         ray.kill(self._handle, no_restart=not restart)
+
+
+def why_it_died(told: str) -> str:
+    """What Ray tells of an actor's death, without what only Ray can read; a crash or a kill in plain words."""
+    told = " ".join(told.split())
+    if crash := re.search(r"pid: (\d+) .*?ip: (\S+) .*Worker exit type: SYSTEM_ERROR", told):
+        return (
+            f"its process ({crash[1]} on {crash[2]}) ended without a word: it was killed or crashed, or memory ran out "
+            "there (then `dmesg` names it)"
+        )
+    if cause := re.search(r"The actor (?:is dead|died) because (?!of an error)(.*)", told):
+        told = cause[1]
+    if len(told) > 900:  # a traceback: what and where at its beginning, why at its end
+        told = f"{told[:300]} ... {told[-600:]}"
+    return told
 
 
 def _said_before(pid: int) -> str:

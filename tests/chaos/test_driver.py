@@ -138,6 +138,6 @@ def test_a_node_that_is_removed_takes_its_worker_along_and_one_that_joins_gets_a
     run = Chaos(folder=tmp_path, model=model, faults=faults, session=None)  # type: ignore[arg-type]
     run.check_trained_once(steps=40)
     workers = {path.name.split("-")[1] for path in (tmp_path / "faults" / "processes").glob("worker-*")}
-    assert {"0", "1", "2"} <= workers, "one was started on the node that joined"
+    assert {"0", "1"} < workers, "one was started on the node that joined"
     assert "trained with two workers again" in done.stdout
     wait_for_end(faults.processes())

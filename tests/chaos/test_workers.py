@@ -198,20 +198,8 @@ def test_after_all_workers_were_killed_at_once_others_take_their_place_and_do_al
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_strikes_whomever_every_group_comes_back_whole(world: World, seed: int) -> None:
     async def main() -> None:
-        points = [
-            "in_generate",
-            "in_pause",
-            "mid_broadcast",
-            "before_ack",
-            "in_resume",
-            "in_open",
-            "in_pulse",
-            "in_act",
-        ]
         joined = world.fleet.roster.num_joined
-        world.faults.order_any(
-            seed, 4, points=points, actions=["kill", "stop", "raise", "hang", "engine_dies"], who=[""]
-        )
+        world.faults.order_any(seed, 4, points=POINTS, actions=["kill", "stop", "raise", "hang", "engine_dies"])
         published = world.version
         for first in range(0, 40, 8):
             rolling = asyncio.create_task(world.roll(range(first, first + 8)))

@@ -1,8 +1,8 @@
-"""What a cluster lacks for a run, in words. Pure: no cluster is started."""
+"""What a cluster lacks for a run, and why an actor died, in words. Pure: no cluster is started."""
 
 import pytest
 
-from rlsys.cluster import Demand, shortage
+from rlsys.cluster import Demand, shortage, why_it_died
 
 LEARNERS = Demand(what="learner rank", count=2, cpus=1, gpus=1)
 ACTORS = Demand(what="rollout actor", count=4, cpus=2)
@@ -72,3 +72,30 @@ def test_an_empty_cluster_lacks_everything(nodes: list[dict[str, float]]) -> Non
 def test_amounts_of_zero_are_not_asked_for() -> None:
     assert ACTORS.each == {"CPU": 2}
     assert Demand(what="anything", count=1).each == {}
+
+
+# --- why an actor died -----------------------------------------------------------------------------------------------
+
+ABOUT = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RolloutActor\n\tactor_id: ff883bdf\n"
+    "\tpid: 9111\n\tnamespace: 3b9d596e\n\tip: 192.0.2.2\n"
+)
+
+
+def test_a_process_that_was_killed_is_told_in_plain_words() -> None:
+    told = ABOUT + (
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+        "Worker unexpectedly exits with a connection error code 2. End of file."
+    )
+    assert why_it_died(told).startswith(
+        "its process (9111 on 192.0.2.2) ended without a word: it was killed or crashed"
+    )
+
+
+def test_a_node_that_died_and_an_error_at_birth_are_told_as_they_are() -> None:
+    node = "its node has died. Node Id: 2c88 the actor's node was terminated unexpectedly: health check failed"
+    assert why_it_died(f"{ABOUT}The actor died because {node}") == node
+    birth = "The actor died because of an error raised in its creation task, ValueError: no such model"
+    assert why_it_died(birth) == birth
+    assert len(why_it_died(f"{birth} {'x' * 5000} KeyError: 'the cause'")) < 1000
+    assert why_it_died(f"{birth} {'x' * 5000} KeyError: 'the cause'").endswith("KeyError: 'the cause'")
