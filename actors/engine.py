@@ -43,6 +43,7 @@ class VllmEngine:
         self.backend = NCCL_BACKEND if config.gpus else GLOO_BACKEND
         self._sync_seconds = config.sync_seconds
         self._ids = itertools.count()
+        self._updates = 0
         options: dict[str, Any] = {
             "model": model_path,
             "dtype": config.dtype,
@@ -94,9 +95,9 @@ class VllmEngine:
         self._running += 1
         try:
             with _while_it_lives():
-                async for output in self._llm.generate(
-                    {"prompt_token_ids": list(prompt)}, parameters, request_id=str(next(self._ids))
-                ):
+                # What is cached under other weights has another salt. (Versions may repeat: a learner can be set back.)
+                asked = {"prompt_token_ids": list(prompt), "cache_salt": str(self._updates)}
+                async for output in self._llm.generate(asked, parameters, request_id=str(next(self._ids))):
                     final = output
         finally:
             self._running -= 1
@@ -114,12 +115,16 @@ class VllmEngine:
         return {"tokens": float(self._progress[0]), "running": float(self._running)}
 
     async def pause(self) -> None:
-        """Freeze what is being generated and forget cached prefixes, which belong to the old weights."""
+        """Freeze what is being generated, with its keys and values: it goes on from there.
+
+        To have vLLM clear its cache would be to read every prompt and response in flight again.
+        """
         with _while_it_lives():
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
 
     async def resume(self, version: int) -> None:
-        """Go on; from here every token is marked with `version`."""
+        """Go on; from here every token is marked with `version`, and no new prompt uses keys and values from before."""
+        self._updates += 1
         with _while_it_lives():
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()

@@ -6,7 +6,7 @@ How the bytes alone travel on one host, by shared memory and otherwise, is `benc
 
 A model of about 100 million parameters in float32 (0.4 GB) is published by two FSDP2 ranks to one engine, then to two.
 
-Ours: `LearnerGroup.publish`: freeze generation and forget cached prefixes, gather each parameter from the ranks, sum it
+Ours: `LearnerGroup.publish`: freeze generation, gather each parameter from the ranks, sum it
 up, write it into shared memory, in the engine sum it up, load it and repack the layers, compare the sums, resume. Bare:
 processes with `torch.distributed.broadcast` of tensors of the same shapes, one after another (on gloo faster than one
 large block), as many as ours has ends of the transfer (one sender, one for each engine); inside its time is nothing

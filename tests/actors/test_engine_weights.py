@@ -67,7 +67,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with asyncio.Runner() as runner:
 
         async def start() -> VllmEngine:
-            config = ActorsConfig(max_rollouts=4, max_model_tokens=128, sync_seconds=20.0)
+            config = ActorsConfig(max_rollouts=4, max_model_tokens=512, sync_seconds=20.0)
             engine = VllmEngine(model_path=str(folder), config=config, seed=0)
             await engine.start()
             return engine
@@ -94,6 +94,23 @@ def test_an_engine_that_met_nobody_reads_what_was_published(host: Host) -> None:
     assert not same(host.says(), born_with)
     host.load(host.first)
     assert same(host.says(), born_with)
+
+
+def test_a_prompt_that_was_read_with_other_weights_is_read_again(host: Host) -> None:
+    prompt = [token % 200 for token in range(300)]  # more than two blocks of the cache, which are large on a CPU
+
+    def says() -> Completion:
+        found: Completion = host.runner.run(host.engine.generate(prompt, sampling=GREEDY))
+        return found
+
+    host.load(host.first)
+    expected = says()
+    assert same(says(), expected), "from the cache"
+    host.runner.run(host.engine._llm.reset_prefix_cache())
+    host.load(others(host.first))
+    assert not same(says(), expected)
+    host.load(host.first)
+    assert same(says(), expected)
 
 
 def test_what_the_learner_writes_next_does_not_reach_a_loaded_engine(host: Host) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +15,7 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 from rlsys.run import train
+from rlsys.stages import Interrupted
 from tests.chaos.world import configured
 
 
@@ -29,7 +33,7 @@ def serving(folder: Path) -> int:
 
 
 def disturb(cluster: Cluster, folder: Path, node: object) -> None:
-    """Take a node away after three steps; bring another one three steps later."""
+    """Take a node away after three steps, bring another one three steps later, end the run when that one serves."""
     until(lambda: steps_of(folder) >= 3)
     cluster.remove_node(node, allow_graceful=False)
     print("a node is gone", flush=True)
@@ -42,6 +46,7 @@ def disturb(cluster: Cluster, folder: Path, node: object) -> None:
     reached = steps_of(folder)
     until(lambda: steps_of(folder) > reached)
     print("trained with two workers again", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def until(condition: Callable[[], bool], seconds: float = 150.0) -> None:
@@ -65,11 +70,12 @@ def main() -> None:
             "actors.resources={rollout: 1}",
             "actors.engine_options.tokens_per_second=30",
             "learners.resources={learner: 1}",
-            "data.train.options.size=128",
-            "rl.steps=40",
+            "data.train.options.size=2000",
+            "rl.steps=1000",
         )
         threading.Thread(target=disturb, args=(cluster, folder, nodes[1]), daemon=True).start()
-        train(config)
+        with contextlib.suppress(Interrupted):
+            train(config)
     finally:
         cluster.shutdown()
 

@@ -113,9 +113,10 @@ def test_a_run_without_any_worker_left_ends_in_time_with_one_plain_message_and_i
     assert done.returncode == 1, done.stdout
     said = " ".join(done.stdout.split())
     assert "Traceback" not in said
-    assert "SYSTEM_ERROR" not in said
     assert "is saved, before the run ends with an error" in said
-    assert "rollout workers" in said.rpartition("error:")[2]
+    error = said.rpartition("error: ")[2]
+    assert "rollout workers in a row could not start and none is left" in error
+    assert "SYSTEM_ERROR" not in error, "it is told in our words, whatever Ray prints besides"
     assert seen(command).checkpoint is not None
 
 
@@ -136,7 +137,7 @@ def test_a_node_that_is_removed_takes_its_worker_along_and_one_that_joins_gets_a
         )
     assert done.returncode == 0, done.stdout
     run = Chaos(folder=tmp_path, model=model, faults=faults, session=None)  # type: ignore[arg-type]
-    run.check_trained_once(steps=40)
+    run.check_trained_once(steps=len(run.lines))
     workers = {path.name.split("-")[1] for path in (tmp_path / "faults" / "processes").glob("worker-*")}
     assert {"0", "1"} < workers, "one was started on the node that joined"
     assert "trained with two workers again" in done.stdout
