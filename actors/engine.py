@@ -117,10 +117,11 @@ class VllmEngine:
     async def pause(self) -> None:
         """Freeze what is being generated, with its keys and values: it goes on from there.
 
-        To have vLLM clear its cache would be to read every prompt and response in flight again.
+        To have vLLM clear its cache would be to read every prompt and response in flight again. Its `pause_generation`
+        is this call and a sleep of 20 ms, which would be for those who look at outputs between steps.
         """
         with _while_it_lives():
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def resume(self, version: int) -> None:
         """Go on; from here every token is marked with `version`, and no new prompt uses keys and values from before."""

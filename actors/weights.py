@@ -7,7 +7,6 @@ so that the driver can compare it with what was sent, and a transfer that failed
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,14 +121,13 @@ class CpuWeightTransferEngine(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: CpuUpdateInfo) -> None:
-        """Receive, sum up and load every tensor of the plan; loading goes on while the last one is summed up."""
+        """Receive, sum up and load every tensor of the plan."""
         plan = WeightPlan(names=update_info.names, dtype_names=update_info.dtype_names, shapes=update_info.shapes)
-        with _whole_again(self), ThreadPoolExecutor(1, thread_name_prefix="rlsys-weights-sum") as thread:
-            sums = {}
+        self.received = {}
+        with _whole_again(self):
             for name, tensor in self._tensors(plan, update_info.published):
-                sums[name] = thread.submit(checksum, tensor)
+                self.received[name] = checksum(tensor)
                 self.model.load_weights([(name, tensor.to(self.device))])  # type: ignore[operator]
-            self.received = {name: value.result() for name, value in sums.items()}
 
     def _tensors(self, plan: WeightPlan, published: dict[str, Any] | None) -> Iterator[tuple[str, Tensor]]:
         if published is not None:

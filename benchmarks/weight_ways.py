@@ -1,12 +1,14 @@
 """The ways that 0.78 GB of weights can take from one process to others of the same host, one against the other.
 
     python -m benchmarks.weight_ways
+    python -m benchmarks.weight_ways --load
 
 A sender has the tensors of a model of 195 million parameters in float32, 137 of them; one receiver, then two, have a
-model of the same shapes. The clock runs from the word to send until every receiver has copied all of it into its model.
+model of the same shapes. The clock runs from the word to send until every receiver has all of it at hand, as tensors
+that an engine can load; with `--load`, until each has also copied all of it into its model.
 
 * `shared`: ours. The sender writes each tensor into shared memory and sums it up; receivers follow it from tensor to
-  tensor, sum up and copy from there.
+  tensor, sum up and load from there.
 * `gloo`: ours where learner and engines are on several hosts: one broadcast for each tensor, summed up at both ends.
 * `file`: `torch.save` of a dictionary into the folder for temporary files, `torch.load` of it.
 * `list`: Ray's object store with the list of tensors, put once and fetched by each receiver.
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Sample, must, say
-from rlsys import cluster
+from rlsys import cluster, shared_weights
 from rlsys.actors import receivers
 from rlsys.cluster import Actor, Demand
 from rlsys.config import ClusterConfig
@@ -68,10 +70,6 @@ class _End:
         self._plan = plan
         self._tensors = {name: torch.ones(shape) for name, shape in zip(plan.names, plan.shapes, strict=True)}
 
-    def sums(self) -> dict[str, int]:
-        """The checksum of every tensor."""
-        return {name: checksum(tensor) for name, tensor in self._tensors.items()}
-
 
 class SendingEnd(_End):
     """The learner's part."""
@@ -98,12 +96,12 @@ class SendingEnd(_End):
         for tensor in self._tensors.values():
             tensor.fill_(1.0 + number / 64)
             tensor.view(-1)[:: tensor.numel() // 7 + 1] += number
-        return self.sums()
+        return {name: checksum(tensor) for name, tensor in self._tensors.items()}
 
     def send(self, way: str, path: str) -> Any:
         """Do the sender's part; returns what the receivers need to be told."""
         if way in ("shared", "unproved"):
-            _without_sums(lambda: self._shared.send(self._tensors.items()), way == "unproved", sender)
+            _without_sums(lambda: self._shared.send(self._tensors.items()), way == "unproved")
         elif way == "gloo":
             self._gloo.send(self._tensors.items())
         elif way == "file":
@@ -123,17 +121,27 @@ class ReceivingEnd(_End):
         self._shared = receivers.open_receiver(shared, rank=rank, seconds=_SECONDS)
         self._gloo = receivers.GlooReceiver(join_gloo_group(gloo, rank=rank, seconds=_SECONDS), _SECONDS)
 
-    def receive(self, way: str, path: str, given: Any = None) -> None:
-        """Do a receiver's part: afterwards the model is the sender's."""
+    def receive(self, way: str, load: bool, path: str, given: Any = None) -> None:
+        """Do a receiver's part: afterwards it holds the sender's tensors, or its model has their numbers."""
+        self._load = load
         if way in ("shared", "unproved", "gloo"):
             transfer = self._gloo if way == "gloo" else self._shared
             self._proved(transfer.receive(self._plan), with_sums=way != "unproved")
         else:
-            self._copy(zip(self._plan.names, _tensors_of(way, path, given, self._plan), strict=True))
+            self._take(zip(self._plan.names, _tensors_of(way, path, given, self._plan), strict=True))
 
-    def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def sums(self) -> dict[str, int]:
+        """The checksum of every tensor that was received."""
+        held, self._held = self._held, {}
+        return {name: checksum(tensor) for name, tensor in held.items()}
+
+    def _take(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._held = self._tensors if self._load else {}
         for name, tensor in tensors:
-            self._tensors[name].copy_(tensor)
+            if self._load:
+                self._tensors[name].copy_(tensor)
+            else:
+                self._held[name] = tensor
 
     def _proved(self, tensors: Iterator[tuple[str, Tensor]], *, with_sums: bool) -> None:
         """As the engine does it: while one tensor is loaded, the one before is summed up."""
@@ -145,7 +153,7 @@ class ReceivingEnd(_End):
                         thread.submit(checksum, tensor)
                     yield name, tensor
 
-            self._copy(summed())
+            self._take(summed())
 
 
 def _tensors_of(way: str, path: str, given: Any, plan: WeightPlan) -> Iterable[Tensor]:
@@ -160,27 +168,32 @@ def _tensors_of(way: str, path: str, given: Any, plan: WeightPlan) -> Iterable[T
     return [torch.from_numpy(part).view(shape) for part, shape in zip(parts, plan.shapes, strict=True)]
 
 
-def _without_sums(send: Callable[[], Any], without: bool, module: Any) -> None:
+def _without_sums(send: Callable[[], Any], without: bool) -> None:
     if not without:
         send()
         return
-    module.checksum, kept = lambda _tensor: 0, module.checksum
+    shared_weights.copy_and_checksum, kept = _only_copy, shared_weights.copy_and_checksum
     try:
         send()
     finally:
-        module.checksum = kept
+        shared_weights.copy_and_checksum = kept
+
+
+def _only_copy(source: Tensor, target: Tensor) -> int:
+    target.copy_(source)
+    return 0
 
 
 class Case:
     """A sender and its receivers, all alive; one transfer at a time."""
 
-    def __init__(self, sending: Actor, receiving: list[Actor], folder: Path) -> None:
-        self._sending, self._receiving = sending, receiving
+    def __init__(self, sending: Actor, receiving: list[Actor], folder: Path, load: bool) -> None:
+        self._sending, self._receiving, self._load = sending, receiving, load
         self._path = str(folder / "weights.pt")
         self._number = 0
 
     @classmethod
-    async def start(cls, plan: WeightPlan, num_receivers: int, folder: Path) -> Case:
+    async def start(cls, plan: WeightPlan, num_receivers: int, folder: Path, *, load: bool) -> Case:
         """Place everybody and let them meet."""
         [one] = cluster.place(SendingEnd, Demand(what="sender", count=1), [{}], call_seconds=_SECONDS)
         demand = Demand(what="receiver", count=num_receivers)
@@ -192,21 +205,18 @@ class Case:
             groups.append(WeightGroup(master_address=address, master_port=port, world_size=1 + num_receivers))
         opening = (other.call("open", *groups, rank) for rank, other in enumerate(others, 1))
         await asyncio.gather(one.call("open", *groups), *opening)
-        return cls(one, others, folder)
+        return cls(one, others, folder, load)
 
     async def transfer(self, way: str) -> Sample:
         """Other weights from the sender to all receivers, and the proof that they have them."""
         self._number += 1
         expected = await self._sending.call("change", self._number)
-        together = way in (
-            "shared",
-            "unproved",
-            "gloo",
-        )  # for the others there is nothing to receive before all is sent
+        together = way in ("shared", "unproved", "gloo")  # with others nothing can be received before all is sent
         started = time.perf_counter()
         sending = asyncio.create_task(self._sending.call("send", way, self._path))
         given = () if together else await sending
-        await asyncio.gather(sending, *(end.call("receive", way, self._path, *given) for end in self._receiving))
+        receiving = (end.call("receive", way, self._load, self._path, *given) for end in self._receiving)
+        await asyncio.gather(sending, *receiving)
         seconds = time.perf_counter() - started
         for sums in await asyncio.gather(*(end.call("sums") for end in self._receiving)):
             must(sums == expected, f"by {way!r} other weights arrived than were sent")
@@ -222,7 +232,7 @@ async def run_case(plan: WeightPlan, num_receivers: int, options: Any, folder: P
     """All ways with so many receivers."""
     num_bytes = sum(4 * int(np.prod(shape)) for shape in plan.shapes)
     say(f"{num_bytes / 1e9:.3f} GB to {num_receivers} receiver(s)")
-    case = await Case.start(plan, num_receivers, folder)
+    case = await Case.start(plan, num_receivers, folder, load=options.load)
 
     def side(way: str) -> Callable[[], Any]:
         return lambda: case.transfer(way)
@@ -249,6 +259,7 @@ async def main() -> None:
     """One receiver, then two."""
     parser = common.arguments(__doc__)
     parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--load", action="store_true", help="the clock ends when all is copied into a model")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a quick trial")
     options = parser.parse_args()
     common.set_threads()
@@ -259,7 +270,7 @@ async def main() -> None:
             cases = {str(count): await run_case(plan, count, options, Path(folder)) for count in options.receivers}
     finally:
         cluster.disconnect()
-    common.write("weight_ways", options, {"receivers": cases})
+    common.write("weight_ways_loaded" if options.load else "weight_ways", options, {"receivers": cases})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsys.errors import WeightSyncError
-from rlsys.weights import WeightPlan
+from rlsys.weights import WeightPlan, copy_and_checksum
 
 _HEADER_BYTES = 4096
 _ALIGNMENT = 64
@@ -95,8 +95,8 @@ class SharedWriter:
         return SharedPlace(process=os.getpid(), descriptors=(first, second), token=self._token, serial=serial)
 
     @contextmanager
-    def writing(self) -> Iterator[Callable[[str, Tensor], None]]:
-        """A function that writes the next tensor of the plan, all of which must have come when the context ends.
+    def writing(self) -> Iterator[Callable[[str, Tensor], int]]:
+        """A function that writes the next tensor of the plan and returns its checksum; all must come in the context.
 
         Raises:
             WeightSyncError: a tensor is not that of the plan, or they are not all.
@@ -104,11 +104,12 @@ class SharedWriter:
         header, tensors = self._headers[self._next % 2], self._tensors[self._next % 2]
         names = iter(tensors)
 
-        def put(name: str, tensor: Tensor) -> None:
+        def put(name: str, tensor: Tensor) -> int:
             if (expected := next(names, None)) != name:
                 raise WeightSyncError(f"the learner's plan has {expected or 'nothing'} where {name} comes")
-            tensors[name].copy_(tensor)
+            written = copy_and_checksum(tensor, tensors[name])
             header[_NUM_WRITTEN] += 1
+            return written
 
         header[_NUM_WRITTEN] = 0
         header[_SERIAL] = self._next

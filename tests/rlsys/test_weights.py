@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlsys.errors import WeightSyncError
-from rlsys.weights import WeightGroup, broadcast, checksum, join_gloo_group, table_checksum, verify
+from rlsys.weights import WeightGroup, broadcast, checksum, copy_and_checksum, join_gloo_group, table_checksum, verify
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -134,6 +134,31 @@ def test_a_transposed_view_has_the_checksum_of_its_own_order(sum_up: SumUp) -> N
 def test_the_checksum_of_a_parameter_is_that_of_its_numbers(sum_up: SumUp) -> None:
     parameter = torch.nn.Parameter(torch.arange(5.0))
     assert sum_up(parameter) == sum_up(torch.arange(5.0))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        bytes_of(3_000_001),
+        bytes_of(1 << 19).view(torch.int16).view(64, -1),
+        torch.arange(600_000.0).view(600, 1000).T,
+        torch.nn.Parameter(torch.arange(5.0)),
+        torch.tensor(1.5),
+        torch.zeros(3, 0),
+    ],
+    ids=["many parts", "whole parts", "transposed", "parameter", "number", "empty"],
+)
+def test_a_copy_has_the_bytes_and_the_checksum_of_what_was_copied(source: torch.Tensor) -> None:
+    target = torch.full(source.shape, 7, dtype=source.dtype)
+    assert copy_and_checksum(source.detach(), target) == checksum(source)
+    assert target.numpy(force=True).tobytes() == source.contiguous().numpy(force=True).tobytes()
+
+
+def test_a_copy_into_another_format_has_the_checksum_of_what_is_there_afterwards() -> None:
+    target = torch.zeros(9, dtype=torch.bfloat16)
+    assert copy_and_checksum(torch.arange(9.0), target) == checksum(torch.arange(9).bfloat16()) == checksum(target)
+    with pytest.raises(RuntimeError, match="size"):
+        copy_and_checksum(torch.arange(8.0), target)
 
 
 def test_weights_that_agree_pass() -> None:
