@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
+from rlsys import cluster
 from rlsys.chat import Chat
 from rlsys.cluster import Actor
 from rlsys.config import Config, PooledPlugIn, RewardConfig, SamplingConfig
@@ -76,9 +77,9 @@ class RolloutActor:
         return found
 
     async def pulse(self) -> dict[str, float]:
-        """A sign of life: `tokens` that the engine has written so far, and how many generations are `running`."""
-        pulse: dict[str, float] = await self._engine.pulse()
-        return pulse
+        """A sign of life: `tokens` written so far, generations that are `running`, whether its node is `leaving`."""
+        leaving = await asyncio.to_thread(cluster.node_is_leaving)
+        return {**await self._engine.pulse(), "leaving": float(leaving)}
 
     async def use_actors(self, place: str, actors: Sequence[Actor]) -> None:
         """From now on, use these actors of the plug-in that has this place in the configuration."""

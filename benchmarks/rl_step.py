@@ -43,7 +43,8 @@ from rlsys import cluster
 from rlsys.advantages import grpo
 from rlsys.fleet import RolloutFleet
 from rlsys.learner_group import LearnerGroup
-from rlsys.loop import Loop, LoopState
+from rlsys.ledger import Ledger
+from rlsys.loop import Loop
 from rlsys.stages.common import assemble
 from rlsys.types import Problem, Rollout, RolloutGroup, TrainBatch
 
@@ -60,7 +61,7 @@ class Ours:
 
     def __init__(self, fleet: RolloutFleet, learners: LearnerGroup, config: Any, stream: list[Problem]) -> None:
         self._fleet, self._learners, self._config = fleet, learners, config
-        self._state = LoopState()
+        self._ledger = Ledger()
         self._stream = stream
         self._parts: list[Sample] = []
 
@@ -92,52 +93,52 @@ class Ours:
     async def steps(self, count: int) -> Sample:
         """Do `count` whole steps."""
         self._parts = []
-        first = self._state.step * GROUPS
         loop = Loop(
             act=self._act,
             learn=self._learn,
-            drop_reason=lambda _: None,
+            publish=self._publish,
+            drop_reason=lambda *_: None,
             groups_per_step=GROUPS,
             max_staleness=0,
             max_skipped_groups=1,
         )
         started = self._rollout_since = time.perf_counter()
-        stream = iter(self._stream[first : first + count * GROUPS])
-        await loop.run(stream, steps=self._state.step + count, state=self._state, stop=asyncio.Event())
+        first = self._ledger.step * GROUPS
+        numbers = iter(range(first + 1, first + 1 + count * GROUPS))
+        await loop.run(self._ledger, numbers, steps=self._ledger.step + count, stop=asyncio.Event())
         seconds = time.perf_counter() - started
         total = {key: sum(part[key] for part in self._parts) for key in self._parts[0]}
         total |= {"reward": total["reward"] / count, "longest": max(part["longest"] for part in self._parts)}
         return {"seconds": seconds, "steps": count, **total}
 
-    async def _act(self, problem: Problem) -> RolloutGroup:
-        sampling = self._config.rl.sampling
+    async def _act(self, number: int, _: int) -> RolloutGroup:
+        problem, sampling = self._stream[number - 1], self._config.rl.sampling
         return await self._fleet.act(problem, size=GROUP_SIZE, sampling=sampling, group_id=problem.id)
 
-    async def _learn(self, step: int, groups: list[RolloutGroup], _: Mapping[str, int]) -> None:
+    async def _learn(self, step: int, groups: Mapping[int, RolloutGroup]) -> None:
         """As `rlsys.stages` does, without files."""
         rolled_out = time.perf_counter()
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        advantages = [float(a) for group in groups for a in grpo(group.rewards)]
+        rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
+        advantages = [float(a) for group in groups.values() for a in grpo(group.rewards)]
         metrics = await self._learners.step(
             assemble(rollouts, advantages), temperature=1.0, clip_low=0.2, clip_high=0.2, kl_coef=0.0
         )
         must(0 < metrics["grad_norm"] < float("inf"), f"our step {step} had the gradient norm {metrics['grad_norm']}")
-        learned = time.perf_counter()
+        self._part: dict[str, float] = {
+            "completions": len(rollouts),
+            "tokens": sum(rollout.num_trained_tokens for rollout in rollouts),
+            "prompt_tokens": sum(len(rollout) - rollout.num_trained_tokens for rollout in rollouts),
+            "longest": max(rollout.num_trained_tokens for rollout in rollouts),
+            "reward": statistics.mean(rollout.reward for rollout in rollouts),
+            "rollout": rolled_out - self._rollout_since,
+            "learn": time.perf_counter() - rolled_out,
+        }
+
+    async def _publish(self, step: int) -> None:
+        started = time.perf_counter()
         await self._learners.publish(self._fleet, step)
-        ended = time.perf_counter()
-        self._parts.append(
-            {
-                "completions": len(rollouts),
-                "tokens": sum(rollout.num_trained_tokens for rollout in rollouts),
-                "prompt_tokens": sum(len(rollout) - rollout.num_trained_tokens for rollout in rollouts),
-                "longest": max(rollout.num_trained_tokens for rollout in rollouts),
-                "reward": statistics.mean(rollout.reward for rollout in rollouts),
-                "rollout": rolled_out - self._rollout_since,
-                "learn": learned - rolled_out,
-                "publish": ended - learned,
-            }
-        )
-        self._rollout_since = ended
+        self._rollout_since = time.perf_counter()
+        self._parts.append({**self._part, "publish": self._rollout_since - started})
 
     async def close(self) -> None:
         """End everything that was started."""

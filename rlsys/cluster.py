@@ -145,6 +145,13 @@ def ask_for(demands: Sequence[Demand]) -> None:
     request_resources(bundles=[demand.each for demand in demands for _ in range(demand.count) if demand.each])
 
 
+def node_is_leaving() -> bool:
+    """Whether Ray was told that this node will be taken away, as a spot instance with notice (`ray drain-node`)."""
+    from ray._private.state import state
+
+    return ray.is_initialized() and ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+
+
 class Actor:
     """A plain object that Ray placed in a process of its own; every call has a deadline."""
 

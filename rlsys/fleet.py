@@ -230,9 +230,7 @@ class RolloutFleet:
                 if worker.state is WorkerState.STARTING:
                     self.lose(worker.name, ActorError("it is no longer wanted"))
                     continue
-                self.roster.draining(worker.name)
-                self._note(worker.name, "is to leave")
-                self.bell.ring()
+                self.let_go(worker.name, f"{self.roster.target} are wanted")
             if self.roster.serving:
                 served_at = clock()
             elif self.dispatch.num_waiting and (why := self._why_lost(clock() - served_at)) is not None:
@@ -274,6 +272,12 @@ class RolloutFleet:
         if not self.follows_learner and self.roster.version == self._first_version:
             await life.actor.call("resume", self._first_version, seconds=self.settings.sync_seconds)
             self.synced([life.worker.name], self._first_version)
+        self.bell.ring()
+
+    def let_go(self, name: str, why: str) -> None:
+        """A worker is given nothing more, and ends with the last of what it has."""
+        self.roster.draining(name)
+        self._note(name, f"is to leave: {why}")
         self.bell.ring()
 
     def ended(self, life: WorkerLife) -> None:

@@ -46,6 +46,9 @@ class Surroundings(Protocol):
     async def make_ready(self, life: WorkerLife, backend: str) -> None:
         """Its engine answers: tell it what it must know and let it serve or wait for weights."""
 
+    def let_go(self, name: str, why: str) -> None:
+        """It is to leave: no new work, another one in its place."""
+
     def ended(self, life: WorkerLife) -> None:
         """It is no more: take it off the roster."""
 
@@ -56,7 +59,7 @@ class WorkerLife:
     def __init__(self, worker: Worker, actor: Actor, fleet: Surroundings) -> None:
         self.worker, self.actor = worker, actor
         self.pulse: Mapping[str, float] = {}
-        """Its last answer: `tokens` written so far, generations that are `running`."""
+        """Its last answer: `tokens` written so far, generations that are `running`, whether its node is `leaving`."""
         self.failure: RlsysError | None = None
         """Why it ended, where it did not leave as it was told to."""
         self.left = False
@@ -101,6 +104,9 @@ class WorkerLife:
                 continue
             self.pulse = await self.actor.call("pulse", seconds=settings.answer_seconds)
             look_at = clock() + settings.watch_seconds
+            if self.pulse.get("leaving") and self.worker.state is not WorkerState.DRAINING:
+                self._fleet.let_go(self.worker.name, "its node will be taken away")
+                continue
             paused = self._fleet.frozen or self.worker.state is WorkerState.STALE
             if paused or not self.pulse["running"] or self.pulse["tokens"] != tokens:
                 moved_at, tokens = clock(), self.pulse["tokens"]

@@ -1,4 +1,4 @@
-"""A run on three nodes, as real raylets: one with a rollout worker is killed in the middle, later another one joins."""
+"""A run on three nodes, as real raylets, of which one is taken away in the middle: at once, or with notice."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ray.cluster_utils import Cluster
 
@@ -25,11 +27,16 @@ def steps_of(folder: Path) -> int:
     return sum(json.loads(line)["stage"] == "rl" for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def serving(folder: Path) -> int:
-    """Workers that serve, by the run's own status."""
+def status(folder: Path) -> dict[str, Any]:
+    """The run's own."""
     path = folder / "run" / "status.json"
-    workers = json.loads(path.read_text()).get("workers", []) if path.exists() else []
-    return sum(worker["state"] == "healthy" for worker in workers)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def serving(folder: Path) -> int:
+    """Workers that serve."""
+    return sum(worker["state"] == "healthy" for worker in status(folder).get("workers", []))
 
 
 def disturb(cluster: Cluster, folder: Path, node: object) -> None:
@@ -49,6 +56,22 @@ def disturb(cluster: Cluster, folder: Path, node: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def give_notice(cluster: Cluster, folder: Path, node: object) -> None:
+    """Say after three steps that a node will be taken away, take it when its worker has left, end the run."""
+    until(lambda: steps_of(folder) >= 3)
+    cluster.add_node(num_cpus=1, resources={"rollout": 1})
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "notice"]
+    place = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "120"]  # type: ignore[attr-defined]
+    subprocess.run([Path(sys.executable).parent / "ray", "drain-node", *place, *reason], check=True, timeout=60)
+    until(lambda: any(event["what"] == "has left" for event in status(folder)["events"]))
+    cluster.remove_node(node, allow_graceful=False)
+    until(lambda: serving(folder) == 2)
+    reached = steps_of(folder)
+    until(lambda: steps_of(folder) > reached)
+    print(f"groups that began again: {status(folder)['fleet']['redispatched']}", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def until(condition: Callable[[], bool], seconds: float = 150.0) -> None:
     """Wait for it."""
     deadline = time.monotonic() + seconds
@@ -58,8 +81,8 @@ def until(condition: Callable[[], bool], seconds: float = 150.0) -> None:
 
 
 def main() -> None:
-    """`on_nodes.py FOLDER MODEL`."""
-    folder, model = Path(sys.argv[1]), sys.argv[2]
+    """`on_nodes.py FOLDER MODEL (disturb | give_notice)`."""
+    folder, model, what = Path(sys.argv[1]), sys.argv[2], {"disturb": disturb, "give_notice": give_notice}[sys.argv[3]]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"learner": 1}})
     try:
         nodes = [cluster.add_node(num_cpus=1, resources={"rollout": 1}) for _ in range(2)]
@@ -73,7 +96,7 @@ def main() -> None:
             "data.train.options.size=2000",
             "rl.steps=1000",
         )
-        threading.Thread(target=disturb, args=(cluster, folder, nodes[1]), daemon=True).start()
+        threading.Thread(target=what, args=(cluster, folder, nodes[1]), daemon=True).start()
         with contextlib.suppress(Interrupted):
             train(config)
     finally:

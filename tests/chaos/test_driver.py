@@ -120,13 +120,12 @@ def test_a_run_without_any_worker_left_ends_in_time_with_one_plain_message_and_i
     assert seen(command).checkpoint is not None
 
 
-def test_a_node_that_is_removed_takes_its_worker_along_and_one_that_joins_gets_another(
-    tmp_path: Path, model: str
-) -> None:
-    faults = Faults(tmp_path / "faults")
+def run_on_nodes(folder: Path, model: str, what: str) -> tuple[str, Chaos]:
+    """What a run on several nodes printed, and the run; see `tests.chaos.on_nodes`."""
+    faults = Faults(folder / "faults")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # names of sockets are short
         done = subprocess.run(
-            [sys.executable, "-m", "tests.chaos.on_nodes", tmp_path, model],
+            [sys.executable, "-m", "tests.chaos.on_nodes", folder, model, what],
             env={**os.environ, "RAY_TMPDIR": short},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -136,9 +135,23 @@ def test_a_node_that_is_removed_takes_its_worker_along_and_one_that_joins_gets_a
             cwd=ROOT,
         )
     assert done.returncode == 0, done.stdout
-    run = Chaos(folder=tmp_path, model=model, faults=faults, session=None)  # type: ignore[arg-type]
+    run = Chaos(folder=folder, model=model, faults=faults, session=None)  # type: ignore[arg-type]
     run.check_trained_once(steps=len(run.lines))
+    wait_for_end(faults.processes())
+    return done.stdout, run
+
+
+def test_a_node_that_is_removed_takes_its_worker_along_and_one_that_joins_gets_another(
+    tmp_path: Path, model: str
+) -> None:
+    said, _ = run_on_nodes(tmp_path, model, "disturb")
     workers = {path.name.split("-")[1] for path in (tmp_path / "faults" / "processes").glob("worker-*")}
     assert {"0", "1"} < workers, "one was started on the node that joined"
-    assert "trained with two workers again" in done.stdout
-    wait_for_end(faults.processes())
+    assert "trained with two workers again" in said
+
+
+def test_a_worker_whose_node_will_be_taken_away_leaves_in_time_and_nothing_begins_again(
+    tmp_path: Path, model: str
+) -> None:
+    said, _ = run_on_nodes(tmp_path, model, "give_notice")
+    assert "groups that began again: 0" in said

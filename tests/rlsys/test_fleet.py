@@ -226,6 +226,31 @@ def test_more_workers_serve_and_fewer_finish_what_they_have() -> None:
     running(fleet, test)
 
 
+def test_a_worker_whose_node_is_to_be_taken_away_finishes_what_it_has_while_another_one_starts() -> None:
+    fleet = FakeFleet(count=2)
+
+    async def test() -> None:
+        for fake in fleet.fakes:
+            fake.seconds = 0.2
+        rolls = [asyncio.create_task(fleet.roll(number)) for number in range(4)]
+        await fleet.until(lambda: all(fake.groups for fake in fleet.fakes))
+        leaving = fleet.fakes[0]
+
+        async def warned() -> dict[str, float]:
+            return {**await leaving.on_pulse(), "leaving": 1.0}
+
+        leaving.does["pulse"] = warned
+        await fleet.until(lambda: len(fleet.fakes) == 3)
+        given = list(leaving.groups)
+        await asyncio.gather(*rolls, fleet.roll(4), fleet.roll(5))
+        assert leaving.groups == given, "nothing more was given to it"
+        await fleet.until(lambda: leaving.closed)
+        assert fleet.num_redispatched == 0
+        assert [worker.name for worker in fleet.roster.serving] == ["rollout actor 1", "rollout actor 2"]
+
+    running(fleet, test)
+
+
 def test_a_worker_that_is_to_leave_and_does_not_come_to_an_end_gives_its_problems_back() -> None:
     def prepare(worker: FakeWorker) -> None:
         worker.seconds = 3600.0 if worker.number else 0.2
