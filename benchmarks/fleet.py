@@ -16,7 +16,7 @@ at another worker; from asking for one more worker to its serving, without the s
 own log of events has them.
 
 `prefixes`: prompt tokens that engines found in their caches, over all prompt tokens, of one engine and of two, with the
-same groups of 8.
+same groups of 8, whose prompts have some 600 tokens.
 
 Checked: every step trains the same number of rollouts; the tokens of both sides differ by 10 % at most; no group is
 lost.
@@ -49,7 +49,7 @@ from rlsys.learners.fsdp import FsdpLearner
 from rlsys.ledger import Ledger
 from rlsys.loop import Loop
 from rlsys.stages.common import assemble
-from rlsys.types import RolloutGroup
+from rlsys.types import Problem, RolloutGroup
 from rlsys.workers import WorkerState
 
 GROUPS, GROUP_SIZE, WARM_STEPS, STEPS = 8, 8, 5, 8
@@ -264,6 +264,13 @@ async def lengths(options: Any, model: Path) -> dict[str, Any]:
     return {"samples": samples, "async_over_sync": ratio}
 
 
+def long(problem: Problem) -> Problem:
+    """The problem behind some 600 tokens of its own: an engine on a CPU caches blocks of 128."""
+    digits = "".join(str(digit) for digit in np.random.default_rng(list(problem.id.encode())).integers(10, size=600))
+    *before, last = problem.prompt
+    return replace(problem, prompt=(*before, {**last, "content": f"{digits}\n{last['content']}"}))
+
+
 async def prefixes(options: Any, model: Path) -> dict[str, Any]:
     """What share of the prompts' tokens is in the caches of one engine and of two."""
     shares = {}
@@ -271,7 +278,7 @@ async def prefixes(options: Any, model: Path) -> dict[str, Any]:
         config = config_for(
             model,
             max_response_tokens=16,
-            max_model_tokens=512,
+            max_model_tokens=1024,
             engines=engines,
             actor="benchmarks.fleet:CountingActor",
         )
@@ -279,12 +286,8 @@ async def prefixes(options: Any, model: Path) -> dict[str, Any]:
         fleet = await RolloutFleet.start(config, str(model))
         try:
             sampling = SamplingConfig(temperature=1.0, max_response_tokens=16)
-            await asyncio.gather(
-                *(
-                    fleet.act(problem, size=8, sampling=sampling, group_id=problem.id)
-                    for problem in problems(options.problems)
-                )
-            )
+            chosen = [long(problem) for problem in problems(options.problems)]
+            await asyncio.gather(*(fleet.act(one, size=8, sampling=sampling, group_id=one.id) for one in chosen))
             counted = await fleet.call_all("cached", seconds=60)
         finally:
             await fleet.close()
