@@ -1,6 +1,6 @@
 """A real run that goes from one rollout worker to three and back, and loses one of the three to SIGKILL.
 
-    python -m benchmarks.elastic          # about twelve minutes; writes results/elastic.json and docs/elastic.png
+    python -m benchmarks.elastic          # about fifteen minutes; writes results/elastic.json and docs/elastic.png
 
 The quickstart with `rl.max_staleness=1`, twice: undisturbed with one worker, then from the same settings and seeds with
 `rlsys scale --rollouts 3` after a quarter of its steps, a SIGKILL of one worker's process while all three have rollouts
@@ -14,6 +14,7 @@ one: this shows that nothing breaks, not what it gains.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,23 +52,21 @@ class Recording:
         self._log = (folder.parent / f"{folder.name}.log").open("w")
         command = [*_COMMAND, "train", "configs/quickstart.yaml", f"run_dir={folder}", f"name={folder.name}", *options]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        self._status: dict[str, Any] = {}
+        self._looking = asyncio.create_task(self._look())
 
-    async def until(self, there: Any, what: str, *, seconds: float = 600.0) -> dict[str, Any]:
-        """Look on until the status says so; returns that status."""
+    async def until(self, there: Callable[[dict[str, Any]], bool], what: str, *, seconds: float = 600.0) -> None:
+        """Return once the status says so."""
         deadline = time.monotonic() + seconds
-        while True:
-            status = self._look()
-            if status and there(status):
-                return status
+        while not (self._status and there(self._status)):
             must(self._process.poll() is None, f"the run ended before {what}; see {self._log.name}")
             must(time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s")
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(_PAUSE / 5)
 
     async def ended(self, *, seconds: float = 1200.0) -> None:
-        """Look on until the run ends, which it must without an error."""
+        """Return when the run has ended, which it must without an error."""
         deadline = time.monotonic() + seconds
         while self._process.poll() is None:
-            self._look()
             must(time.monotonic() < deadline, f"the run did not end within {seconds:.0f} s")
             await asyncio.sleep(_PAUSE)
         must(self._process.returncode == 0, f"the run failed; see {self._log.name}")
@@ -97,6 +97,7 @@ class Recording:
 
     def stop(self) -> None:
         """End the process, whatever it does."""
+        self._looking.cancel()
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -105,20 +106,19 @@ class Recording:
                 self._process.kill()
         self._log.close()
 
-    def _look(self) -> dict[str, Any] | None:
-        try:
-            status: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        if status["stage"] == "rl" and status["workers"]:
-            states = [worker["state"] for worker in status["workers"]]
-            kinds = sorted(set(states))
-            sample = {"step": status["step"], "states": {kind: states.count(kind) for kind in kinds}}
-            self.samples.append({"seconds": time.time() - self._began, **sample})
-        return status
+    async def _look(self) -> None:
+        """Read the status again and again."""
+        while True:
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                self._status = json.loads((self.folder / "status.json").read_text())
+            if self._status and self._status["stage"] == "rl" and self._status["workers"]:
+                states = Counter(worker["state"] for worker in self._status["workers"])
+                sample = {"seconds": time.time() - self._began, "step": self._status["step"] or 0, "states": states}
+                self.samples.append(sample)
+            await asyncio.sleep(_PAUSE)
 
     def _step(self) -> int:
-        return int(self.samples[-1]["step"] or 0) if self.samples else 0
+        return int(self.samples[-1]["step"]) if self.samples else 0
 
     def result(self, steps: int) -> dict[str, Any]:
         """What it learned and what was seen of it, after a check that every step and problem was trained once."""
@@ -210,7 +210,7 @@ def draw(calm: dict[str, Any], moved: dict[str, Any]) -> None:
     above.legend(loc="lower right")
     above.grid(alpha=0.3)
     ends = np.cumsum(moved["step_seconds"])
-    first = next(sample["seconds"] for sample in moved["samples"] if (sample["step"] or 0) >= 1) - ends[0]
+    first = next(sample["seconds"] for sample in moved["samples"] if sample["step"] >= 1) - ends[0]
 
     def at_step(seconds: float) -> float:
         return float(np.interp(seconds - first, [0, *ends], np.arange(len(ends) + 1)))
@@ -233,7 +233,7 @@ def draw(calm: dict[str, Any], moved: dict[str, Any]) -> None:
 async def main() -> None:
     """Both runs, one after the other."""
     parser = common.arguments(__doc__, rounds=1)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path, default=None, help="where the runs go; else they are thrown away")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="elastic_") as temporary:
