@@ -20,7 +20,7 @@ from rlsys.cluster import Actor, Demand
 from rlsys.config import ActorsConfig, Config, SamplingConfig
 from rlsys.demonstrations import Segments
 from rlsys.dispatch import Dispatch
-from rlsys.errors import ActorError, FleetLostError, RlsysError
+from rlsys.errors import ActorError, ActorTimeoutError, FleetLostError, RlsysError
 from rlsys.plugins import resolve
 from rlsys.pool import ActorPool, pooled_plug_ins
 from rlsys.types import Problem, RolloutGroup
@@ -285,7 +285,8 @@ class RolloutFleet:
         name = life.worker.name
         self._lives.pop(name, None)
         if life.worker.state is WorkerState.STARTING and life.failure is not None:
-            self._failed_starts += 1
+            # One that never answers may be waiting for a node, which may come when others are given back: tried again.
+            self._failed_starts += not isinstance(life.failure, ActorTimeoutError)
             self._start_failure = life.failure
         if name in self.roster.workers:
             self.roster.gone(name)

@@ -40,7 +40,7 @@ def serving(folder: Path) -> int:
 
 
 def disturb(cluster: Cluster, folder: Path, node: object) -> None:
-    """Take a node away after three steps, bring another one three steps later, end the run when that one serves."""
+    """Take a node away after three steps, bring another one three steps later, which is to serve."""
     until(lambda: steps_of(folder) >= 3)
     cluster.remove_node(node, allow_graceful=False)
     print("a node is gone", flush=True)
@@ -53,11 +53,10 @@ def disturb(cluster: Cluster, folder: Path, node: object) -> None:
     reached = steps_of(folder)
     until(lambda: steps_of(folder) > reached)
     print("trained with two workers again", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def give_notice(cluster: Cluster, folder: Path, node: object) -> None:
-    """Say after three steps that a node will be taken away, take it when its worker has left, end the run."""
+    """Say after three steps that a node will be taken away, take it when its worker has left."""
     until(lambda: steps_of(folder) >= 3)
     cluster.add_node(num_cpus=1, resources={"rollout": 1})
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "notice"]
@@ -69,7 +68,6 @@ def give_notice(cluster: Cluster, folder: Path, node: object) -> None:
     reached = steps_of(folder)
     until(lambda: steps_of(folder) > reached)
     print(f"groups that began again: {status(folder)['fleet']['redispatched']}", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def until(condition: Callable[[], bool], seconds: float = 150.0) -> None:
@@ -83,7 +81,18 @@ def until(condition: Callable[[], bool], seconds: float = 150.0) -> None:
 def main() -> None:
     """`on_nodes.py FOLDER MODEL (disturb | give_notice)`."""
     folder, model, what = Path(sys.argv[1]), sys.argv[2], {"disturb": disturb, "give_notice": give_notice}[sys.argv[3]]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"learner": 1}})
+    # Its hooks for the end of a process need the main thread, and nodes join from another one.
+    head = {"num_cpus": 2, "resources": {"learner": 1}}
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    failures: list[BaseException] = []
+
+    def strike() -> None:
+        try:
+            what(cluster, folder, nodes[1])
+        except BaseException as error:
+            failures.append(error)
+        os.kill(os.getpid(), signal.SIGINT)
+
     try:
         nodes = [cluster.add_node(num_cpus=1, resources={"rollout": 1}) for _ in range(2)]
         config = configured(
@@ -96,11 +105,13 @@ def main() -> None:
             "data.train.options.size=2000",
             "rl.steps=1000",
         )
-        threading.Thread(target=what, args=(cluster, folder, nodes[1]), daemon=True).start()
+        threading.Thread(target=strike, daemon=True).start()
         with contextlib.suppress(Interrupted):
             train(config)
     finally:
         cluster.shutdown()
+    if failures:
+        raise failures[0]
 
 
 if __name__ == "__main__":

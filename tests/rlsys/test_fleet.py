@@ -194,6 +194,21 @@ def test_workers_that_cannot_start_again_end_a_run_before_it_has_waited_to_the_e
     running(fleet, test)
 
 
+def test_a_worker_for_which_there_is_no_node_is_tried_again_until_there_is_one() -> None:
+    def prepare(worker: FakeWorker) -> None:
+        if 1 < worker.number < 7:
+            worker.does["start"] = never
+
+    fleet = FakeFleet(prepare, count=2, start_seconds=0.05)
+
+    async def test() -> None:
+        fleet.fakes[0].kill()
+        await fleet.until(lambda: len(fleet.roster.serving) == 2)
+        assert [worker.name for worker in fleet.roster.serving] == ["rollout actor 1", "rollout actor 7"]
+
+    running(fleet, test)
+
+
 def test_a_first_worker_that_cannot_start_fails_the_start_with_its_own_message() -> None:
     async def broken() -> str:
         raise ActorError("the model has no config.json")
