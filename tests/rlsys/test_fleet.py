@@ -203,8 +203,8 @@ def test_a_worker_for_which_there_is_no_node_is_tried_again_until_there_is_one()
 
     async def test() -> None:
         fleet.fakes[0].kill()
-        await fleet.until(lambda: len(fleet.roster.serving) == 2)
-        assert [worker.name for worker in fleet.roster.serving] == ["rollout actor 1", "rollout actor 7"]
+        there = ["rollout actor 1", "rollout actor 7"]
+        await fleet.until(lambda: [worker.name for worker in fleet.roster.serving] == there)
 
     running(fleet, test)
 
