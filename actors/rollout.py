@@ -22,6 +22,7 @@ from rlsys.remote_reward import RemoteGroupReward, RemoteReward, remote_term
 from rlsys.remote_tool import RemoteTool
 from rlsys.reward_terms import RewardTerm, grade_group, reason
 from rlsys.rollout import run_rollout
+from rlsys.shared_weights import SharedPlace
 from rlsys.types import GIVEN_UP, Problem, Rollout, RolloutGroup
 from rlsys.weights import WeightGroup, WeightPlan
 
@@ -153,9 +154,10 @@ class RolloutActor:
         """Join the learner's weight transfer group."""
         await self._engine.open_weights(group, rank=rank)
 
-    async def receive_weights(self, plan: WeightPlan) -> dict[str, int]:
-        """Receive one set of weights; returns the checksum of every tensor."""
-        received: dict[str, int] = await self._engine.receive_weights(plan)
+    async def receive_weights(self, plan: WeightPlan, *, published: SharedPlace | None = None) -> dict[str, int]:
+        """Receive one set of weights, or read what was `published`; returns the checksum of every tensor."""
+        where = {} if published is None else {"published": published}
+        received: dict[str, int] = await self._engine.receive_weights(plan, **where)
         return received
 
     async def close(self) -> None:

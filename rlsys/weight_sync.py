@@ -1,7 +1,8 @@
 """New weights from the learner ranks to every rollout worker, proved; workers may die, hang or join meanwhile.
 
 Learner and workers meet as a group that has an epoch. A group cannot change: when other workers are to have weights, or
-a transfer has failed, they meet anew under the next epoch, without the dead.
+a transfer has failed, they meet anew under the next epoch, without the dead. Where the learner shares its memory, a
+worker that joins on its host reads there what was published last, by itself, while the learner trains on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rlsys.cluster import Actor
@@ -25,6 +26,7 @@ from rlsys.errors import (
     WeightSyncError,
 )
 from rlsys.fleet import RolloutFleet
+from rlsys.shared_weights import SharedPlace
 from rlsys.weights import WeightGroup, WeightPlan, verify
 from rlsys.worker_life import LOST
 
@@ -53,6 +55,9 @@ class WeightSync:
         self.num_failures = 0
         """Transfers that failed for at least one worker."""
         self._members: tuple[str, ...] = ()
+        self._alone = asyncio.Lock()
+        self._shared: tuple[int, SharedPlace, Mapping[str, int]] | None = None
+        self._cannot_read: set[str] = set()
 
     async def publish(self, choose: Callable[[], Sequence[Actor]], version: int) -> dict[str, float]:
         """Pause the workers that `choose` names, give them the weights, let them go on as `version`.
@@ -83,12 +88,17 @@ class WeightSync:
 
     async def give(self, workers: Sequence[Actor], version: int) -> dict[str, float]:
         """As `publish`, to these and once."""
+        async with self._alone:
+            return await self._give(workers, version)
+
+    async def _give(self, workers: Sequence[Actor], version: int) -> dict[str, float]:
+        self._shared = None
         fleet, started = self._fleet, time.perf_counter()
         fleet.frozen = True
         try:
             _raise_first((await fleet.on(workers, "pause")).values())
             paused = time.perf_counter()
-            await self._transfer(workers, version)
+            sums = await self._transfer(workers, version)
             moved = time.perf_counter()
             resumed = await fleet.on(workers, "resume", version)
             fleet.synced([name for name, result in resumed.items() if result is None], version)
@@ -101,9 +111,46 @@ class WeightSync:
         finally:
             fleet.frozen = False
         ended = time.perf_counter()
+        [place], _ = await self._exchange([], [(self._ranks[0], "published_weights", (), {})], [])
+        self._shared = None if place is None else (version, place, sums)
         return {"pause": paused - started, "transfer": moved - paused, "total": ended - started}
 
-    async def _transfer(self, workers: Sequence[Actor], version: int) -> None:
+    def readers(self, workers: Sequence[Actor]) -> list[Actor]:
+        """Those of these workers that may find the published weights in the learner's memory."""
+        if self._shared is None or self._shared[0] != self._fleet.roster.version:
+            return []
+        return [worker for worker in workers if worker.name not in self._cannot_read]
+
+    async def let_read(self) -> None:
+        """Let workers that joined read what was published last; the learner takes no part.
+
+        A worker that cannot, as on another host, is not one of `readers` again.
+        """
+        fleet = self._fleet
+        async with self._alone:
+            workers = self.readers(fleet.newcomers)  # meanwhile others may have been published
+            if self._shared is None or not workers:
+                return
+            version, place, sums = self._shared
+            paused = await fleet.on(workers, "pause")
+            found = await fleet.on(
+                [worker for worker in workers if paused[worker.name] is None],
+                "receive_weights",
+                self._plan,
+                published=place,
+            )
+            for worker in workers:
+                try:
+                    _raise_first([found.get(worker.name, paused[worker.name])])
+                    verify(sums, {worker.name: found[worker.name]}, version=version)
+                    _raise_first((await fleet.on([worker], "resume", version)).values())
+                except RlsysError as error:
+                    self._cannot_read.add(worker.name)
+                    log.info("%s gets its weights by another way: %s", worker.name, error)
+                else:
+                    fleet.synced([worker.name], version)
+
+    async def _transfer(self, workers: Sequence[Actor], version: int) -> Mapping[str, int]:
         if tuple(worker.name for worker in workers) != self._members:
             await self.meet(workers)
         sent, received = await self._exchange(
@@ -115,6 +162,7 @@ class WeightSync:
             raise WeightSyncError("the learner did not send all tensors of its plan")
         sums = {worker.name: result for worker, result in zip(workers, received, strict=True)}
         verify(sent[0], sums, version=version)
+        return dict(sent[0])
 
     async def meet(self, workers: Sequence[Actor]) -> None:
         """Let the learner and these workers meet as a group, under a new epoch.
@@ -173,11 +221,17 @@ def _raise_first(results: Iterable[Any]) -> None:
 
 
 async def serve_newcomers(sync: WeightSync, fleet: RolloutFleet, learner: Publisher) -> None:
-    """For ever: give the published weights to workers that join, as long as the learner has no others."""
+    """For ever: give the published weights to workers that join.
+
+    Those that cannot read them by themselves wait until the learner is at rest and has no others.
+    """
     failed: Counter[str] = Counter()
     while True:
-        while learner.is_ahead or not fleet.newcomers:
+        while not fleet.newcomers or (learner.is_ahead and not sync.readers(fleet.newcomers)):
             await fleet.bell.heard()
+        if sync.readers(fleet.newcomers):
+            await sync.let_read()
+            continue
         async with learner.at_rest:
             workers = fleet.newcomers
             if learner.is_ahead or not workers:

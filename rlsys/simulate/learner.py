@@ -38,6 +38,9 @@ class SimulatedRank(Process):
         await asyncio.sleep(self._model.transfer_seconds)
         return dict.fromkeys(PLAN.names, 0)
 
+    async def published_weights(self) -> None:
+        """No memory is shared: engines and learner are on several hosts."""
+
     async def close(self) -> None:
         """The end, when asked politely."""
 

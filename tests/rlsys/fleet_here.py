@@ -108,7 +108,7 @@ class FakeWorker:
     async def on_open_weights(self, *_: Any, **__: Any) -> None:
         return None
 
-    async def on_receive_weights(self, plan: Any) -> dict[str, int]:
+    async def on_receive_weights(self, plan: Any, *, published: Any = None) -> dict[str, int]:  # noqa: ARG002
         return dict.fromkeys(plan.names, 7)
 
     async def on_close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rlsys.errors import ActorError, FleetLostError, LearnerLostError, WeightSyncError
+from rlsys.shared_weights import SharedPlace
 from rlsys.weight_sync import WeightSync, serve_newcomers
 from rlsys.weights import WeightPlan
 from rlsys.workers import WorkerState
@@ -23,6 +24,9 @@ class FakeRank(FakeWorker):
 
     async def on_send_weights(self) -> dict[str, int]:
         return {"a": 7, "b": 7} if self.number == 0 else {}
+
+    async def on_published_weights(self) -> SharedPlace | None:
+        return None
 
     async def on_leave_weights(self) -> None:
         return None
@@ -104,6 +108,60 @@ def test_a_worker_that_joins_while_the_learner_is_ahead_waits_for_the_next_versi
         assert versions(fleet) == [1]
         await learner.publish(fleet, 2)
         assert versions(fleet) == [2, 2]
+
+    synced_by(fleet, test)
+
+
+async def shares() -> SharedPlace:
+    return SharedPlace(process=1, descriptors=(3, 4), token=5, serial=6)
+
+
+def test_a_worker_that_joins_on_the_learners_host_reads_the_published_weights_while_the_learner_trains() -> None:
+    fleet = FakeFleet(count=1)
+
+    async def test(learner: FakeLearner) -> None:
+        learner.ranks[0].does["published_weights"] = shares
+        await learner.publish(fleet, 1)
+        learner.is_ahead = True
+        async with learner.at_rest:
+            await fleet.resize(2)
+            await fleet.until(lambda: versions(fleet) == [1, 1])
+        assert learner.sync.epoch == 1
+        assert learner.ranks[0].calls["send_weights"] == 1
+        await learner.publish(fleet, 2)
+        assert versions(fleet) == [2, 2]
+
+    synced_by(fleet, test)
+
+
+async def elsewhere(_: WeightPlan, *, published: SharedPlace | None = None) -> dict[str, int]:
+    if published is not None:
+        raise WeightSyncError("the learner's shared memory cannot be opened from here")
+    return {"a": 7, "b": 7}
+
+
+async def damaged(_: WeightPlan, *, published: SharedPlace | None = None) -> dict[str, int]:
+    return {"a": 7, "b": 7 if published is None else 8}
+
+
+@pytest.mark.parametrize("receive", [elsewhere, damaged])
+def test_a_worker_that_cannot_read_the_published_weights_is_given_them(receive: Callable[..., Awaitable[Any]]) -> None:
+    fleet = FakeFleet(count=1)
+
+    async def test(learner: FakeLearner) -> None:
+        learner.ranks[0].does["published_weights"] = shares
+        await learner.publish(fleet, 1)
+        fleet._prepare = lambda worker: worker.does.update(receive_weights=receive)
+        learner.is_ahead = True
+        await fleet.resize(2)
+        await fleet.until(lambda: bool(fleet.newcomers))
+        await fleet.until(lambda: fleet.fakes[1].calls["receive_weights"] == 1)
+        await asyncio.sleep(0.05)
+        assert versions(fleet) == [1]
+        learner.is_ahead = False
+        fleet.bell.ring()
+        await fleet.until(lambda: versions(fleet) == [1, 1])
+        assert fleet.fakes[1].calls["receive_weights"] == 2
 
     synced_by(fleet, test)
 
