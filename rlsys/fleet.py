@@ -61,7 +61,7 @@ class RolloutFleet:
         self.backend = ""
         """The name of the engines' weight transfer back end."""
         self.events: deque[tuple[float, str, str]] = deque(maxlen=1000)
-        """What happened, for people: when (`time.time`), to which worker, what."""
+        """What happened, for people: when (`time.time`), to whom, what."""
         self.bell = Bell()
         """Rings at every change."""
         self.frozen = False
@@ -94,6 +94,7 @@ class RolloutFleet:
         try:
             await asyncio.gather(fleet.started(), *(pool.start() for pool in pools.values()))
             for place, pool in pools.items():
+                pool.note = fleet.note
                 await pool.serve(partial(fleet.use_actors, place))
         except BaseException:
             await fleet.close()
@@ -170,7 +171,7 @@ class RolloutFleet:
                 failures.append(error)
                 self.num_redispatched += 1
                 log.warning("problem %s is given to another worker: %s", problem.id, error)
-        self._note("-", f"problem {problem.id} is quarantined: {failures[-1]}")
+        self.note("-", f"problem {problem.id} is quarantined: {failures[-1]}")
         return RolloutGroup(problem=problem, rollouts=(), dropped={f"quarantined: {failures[-1]}": size})
 
     async def compare(self, group: RolloutGroup) -> RolloutGroup:
@@ -268,7 +269,7 @@ class RolloutFleet:
         if life.worker.state is WorkerState.DRAINING:
             return
         self.roster.started(life.worker.name)
-        self._note(life.worker.name, "has started")
+        self.note(life.worker.name, "has started")
         if not self.follows_learner and self.roster.version == self._first_version:
             await life.actor.call("resume", self._first_version, seconds=self.settings.sync_seconds)
             self.synced([life.worker.name], self._first_version)
@@ -277,7 +278,7 @@ class RolloutFleet:
     def let_go(self, name: str, why: str) -> None:
         """A worker is given nothing more, and ends with the last of what it has."""
         self.roster.draining(name)
-        self._note(name, f"is to leave: {why}")
+        self.note(name, f"is to leave: {why}")
         self.bell.ring()
 
     def ended(self, life: WorkerLife) -> None:
@@ -290,7 +291,7 @@ class RolloutFleet:
             self._start_failure = life.failure
         if name in self.roster.workers:
             self.roster.gone(name)
-        self._note(name, "has left" if life.failure is None else f"is lost: {life.failure}")
+        self.note(name, "has left" if life.failure is None else f"is lost: {life.failure}")
         self.bell.ring()
 
     def lose(self, name: str, why: RlsysError) -> None:
@@ -300,7 +301,8 @@ class RolloutFleet:
             self.roster.gone(name)
             life.kill(why)
 
-    def _note(self, name: str, what: str) -> None:
+    def note(self, name: str, what: str) -> None:
+        """Remember what happened to whom, for people."""
         self.events.append((time.time(), name, what))
         log.info("%s %s", name, what)
 
@@ -388,7 +390,7 @@ class RolloutFleet:
     def doubt(self, names: Sequence[str], why: str) -> None:
         """What these workers hold is not known: they get no work until they are synced."""
         self.roster.doubted(names)
-        self._note(", ".join(names), f"weights did not arrive: {why}")
+        self.note(", ".join(names), f"weights did not arrive: {why}")
         self.bell.ring()
 
 

@@ -63,6 +63,8 @@ class ActorPool:
         self._settings = _settings(plug_in)
         self._place = place
         self._host = resolve(host or (REWARD_ACTOR if isinstance(plug_in, RewardConfig) else TOOL_ACTOR), place=place)
+        self.note: Callable[[str, str], None] = lambda name, what: log.info("%s %s", name, what)
+        """Is told what happens to which actor."""
         self._num_placed = 0
         self._coming_back: set[str] = set()
         self._tell: Callable[[Sequence[Actor]], Awaitable[object]] | None = None
@@ -174,6 +176,7 @@ class ActorPool:
             state = await actor.call("state", seconds=self._plug_in.look_seconds)
             if state == "new":  # no look has to wait until a model is loaded, and no grading begins before
                 await self._start_anew(actor)
+                self.note(actor.name, "was replaced and serves")
             elif state == "worn out":
                 self._replace(actor, f"{actor.name} holds threads that hang")
                 return
@@ -181,8 +184,9 @@ class ActorPool:
         except ActorTimeoutError as error:
             self._replace(actor, str(error))
         except RlsysError as error:
+            if actor.name not in self._coming_back:
+                self.note(actor.name, f"is lost: {error}; Ray replaces it, or it is tried again")
             self._coming_back.add(actor.name)
-            log.info("%s; Ray replaces it, or it is tried again", error)
 
     async def _start_anew(self, actor: Actor) -> None:
         try:
@@ -193,6 +197,6 @@ class ActorPool:
 
     def _replace(self, actor: Actor, why: str) -> None:
         if actor in self.actors:
-            log.warning("%s; it is killed and replaced", why)
+            self.note(actor.name, f"is killed and replaced: {why}")
             self._coming_back.add(actor.name)
             actor.kill(restart=True)

@@ -145,11 +145,13 @@ class Recovery:
         while True:
             self._count(lost)
             self._run.console.say(f"rl: the learner is lost and will be started again: {lost}")
+            self._fleet.note("learner", f"is lost and will be started again: {lost}")
             await self._learners.close()
             try:
                 await cluster.require(self._learners.demands, wait_seconds=self._run.config.cluster.wait_seconds)
                 await self._learners.start()
                 await self._learners.policy.open_weights(self._fleet)
+                self._fleet.note("learner", "was started again")
                 return
             except (LearnerLostError, ActorDiedError, ActorTimeoutError) as another:
                 lost = another

@@ -79,6 +79,7 @@ class World:
         self.turns: Callable[[], int] = lambda: 1
         self.asked: list[Mapping[str, Any]] = []
         self.said: list[str] = []
+        self.noted: list[tuple[str, str]] = []
         self.published: list[int] = []
         self.begun: list[int] = []
         """The first version that each learner published."""
@@ -103,6 +104,9 @@ class FakeFleet:
 
     async def isolation(self) -> dict[str, str]:
         return {}
+
+    def note(self, name: str, what: str) -> None:
+        self.world.noted.append((name, what))
 
     async def act(self, problem: Problem, *, group_id: str, **asked: Any) -> RolloutGroup:
         began = self.roster.version

@@ -576,12 +576,16 @@ def test_a_tool_that_cannot_start_fails_the_pool_at_its_start() -> None:
 def test_an_actor_that_hangs_is_replaced_and_one_that_died_is_left_to_ray(placed: list[FakeActor]) -> None:
     async def main() -> None:
         made, _ = await start_pool(pooled(count=3, call_seconds=0.1, watch_seconds=0.01))
+        notes: list[tuple[str, str]] = []
+        made.note = lambda name, what: notes.append((name, what))
         placed[0].awake.clear()
         placed[1].die()
         async with asyncio.timeout(30):
             while not placed[0].killed:
                 await asyncio.sleep(0.01)
         assert [actor.killed for actor in placed] == [["to be replaced"], [], []]
+        assert {name for name, _ in notes} == {placed[0].name, placed[1].name}
+        assert any(what.startswith("is killed and replaced") for name, what in notes if name == placed[0].name)
         await made.close()
 
     asyncio.run(main())
