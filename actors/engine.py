@@ -73,6 +73,7 @@ class VllmEngine:
 
         With `allowed_token_ids` no other token is written, and log-probs are normalised over these.
         """
+        from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         stop = list(sampling["stop"])
@@ -96,7 +97,7 @@ class VllmEngine:
         try:
             with _while_it_lives():
                 # What is cached under other weights has another salt. (Versions may repeat: a learner can be set back.)
-                asked = {"prompt_token_ids": list(prompt), "cache_salt": str(self._updates)}
+                asked = TokensPrompt(prompt_token_ids=list(prompt), cache_salt=str(self._updates))
                 async for output in self._llm.generate(asked, parameters, request_id=str(next(self._ids))):
                     final = output
         finally:
