@@ -124,16 +124,21 @@ def run_on_nodes(folder: Path, model: str, what: str) -> tuple[str, Chaos]:
     """What a run on several nodes printed, and the run; see `tests.chaos.on_nodes`."""
     faults = Faults(folder / "faults")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # names of sockets are short
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.chaos.on_nodes", folder, model, what],
-            env={**os.environ, "RAY_TMPDIR": short},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-            check=False,
-            cwd=ROOT,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.chaos.on_nodes", folder, model, what],
+                env={**os.environ, "RAY_TMPDIR": short},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+                check=False,
+                cwd=ROOT,
+            )
+        finally:  # nothing else ends the nodes of a run that was given up
+            for process in psutil.process_iter(["cmdline"]):
+                if any(short in part for part in process.info["cmdline"] or ()):
+                    process.kill()
     assert done.returncode == 0, done.stdout
     run = Chaos(folder=folder, model=model, faults=faults, session=None)  # type: ignore[arg-type]
     run.check_trained_once(steps=len(run.lines))
