@@ -18,7 +18,7 @@ from rlsys.actors.receivers import GlooReceiver, SharedReceiver, WeightReceiver,
 from rlsys.errors import WeightSyncError
 from rlsys.learners.sender import GlooSender, SharedSender, WeightSender, open_sender
 from rlsys.shared_weights import SharedWriter
-from rlsys.weights import GLOO_BACKEND, WeightGroup, broadcast, checksum, join_gloo_group, verify
+from rlsys.weights import GLOO_BACKEND, WeightGroup, broadcast, checksum, copy_and_checksum, join_gloo_group, verify
 from tests.rlsys.test_shared_weights import PLAN, tensors
 from tests.rlsys.test_weights import free_port
 
@@ -197,11 +197,11 @@ def test_gathering_goes_on_while_the_tensor_before_is_sent(
 ) -> None:
     sending = threading.Event()
 
-    def noticed(tensor: Tensor) -> int:
+    def noticed(source: Tensor, target: Tensor) -> int:
         sending.set()
-        return checksum(tensor)
+        return copy_and_checksum(source, target)
 
-    monkeypatch.setattr("rlsys.learners.sender.checksum", noticed)
+    monkeypatch.setattr("rlsys.shared_weights.copy_and_checksum", noticed)
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
         for number, pair in enumerate(tensors(1).items()):
