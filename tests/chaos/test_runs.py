@@ -115,7 +115,7 @@ def test_two_runs_that_nothing_strikes_learn_the_same(chaos: Chaos, undisturbed:
 @pytest.mark.parametrize(
     ("point", "spared"),
     [
-        ("in_step", 3),
+        pytest.param("in_step", 3, marks=pytest.mark.chaos),
         pytest.param("in_step", 0, marks=pytest.mark.chaos),
         pytest.param("mid_send", 7, marks=pytest.mark.chaos),
         pytest.param("in_save", 0, marks=pytest.mark.chaos),
@@ -148,7 +148,8 @@ def test_a_learner_that_dies_again_and_again_without_a_new_checkpoint_ends_the_r
     assert len(chaos.faults.struck) == 4
 
 
-@pytest.mark.parametrize("action", ["kill", pytest.param("stop", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("action", ["kill", "stop"])
 def test_a_worker_that_is_struck_in_a_run_changes_nothing_of_what_is_learned(
     chaos: Chaos, undisturbed: Chaos, action: Any
 ) -> None:
