@@ -116,17 +116,17 @@ class VllmEngine:
         return {"tokens": float(self._progress[0]), "running": float(self._running)}
 
     async def pause(self) -> None:
-        """Freeze what is being generated, with its keys and values: it goes on from there.
+        """Freeze what was asked for so far, with its keys and values: it goes on from there. Later prompts use none.
 
         To have vLLM clear its cache would be to read every prompt and response in flight again. Its `pause_generation`
         is this call and a sleep of 20 ms, which would be for those who look at outputs between steps.
         """
         with _while_it_lives():
             await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        self._updates += 1  # what comes from here on is read with the next weights
 
     async def resume(self, version: int) -> None:
-        """Go on; from here every token is marked with `version`, and no new prompt uses keys and values from before."""
-        self._updates += 1
+        """Go on; from here every token is marked with `version`."""
         with _while_it_lives():
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()

@@ -286,8 +286,8 @@ class RolloutFleet:
         name = life.worker.name
         self._lives.pop(name, None)
         if life.worker.state is WorkerState.STARTING and life.failure is not None:
-            # One that never answers may be waiting for a node, which may come when others are given back: tried again.
-            self._failed_starts += not isinstance(life.failure, ActorTimeoutError)
+            if not isinstance(life.failure, ActorTimeoutError):  # else it may wait for a node: tried for ever
+                self._failed_starts += 1
             self._start_failure = life.failure
         if name in self.roster.workers:
             self.roster.gone(name)
