@@ -33,6 +33,7 @@ from rlsys.worker_life import LOST
 log = logging.getLogger(__name__)
 
 _TRIES = 3
+"""So often may weights not arrive."""
 _Call = tuple[Actor, str, tuple[Any, ...], dict[str, Any]]
 _GRACE_SECONDS = 15.0
 """So much later than the transfer itself gives up, it is given up from outside."""
@@ -66,16 +67,22 @@ class WeightSync:
         frozen. Returns the seconds: `pause`, `transfer`, `total`.
 
         Raises:
-            WeightSyncError, ActorError: it failed again and again.
+            WeightSyncError, ActorError: it failed again and again, and not because workers died one after another.
             FleetLostError: no worker came for `actors.wait_seconds`.
             LearnerLostError: a rank died or hangs.
         """
-        for number in range(1, _TRIES):
+        there = {worker.name for worker in choose()}
+        failures = 0
+        while True:
             try:
                 return await self.give(await self._some(choose), version)
             except (ActorError, WeightSyncError) as error:
-                log.warning("weights %d did not arrive, try %d of %d: %s", version, number, _TRIES, error)
-        return await self.give(await self._some(choose), version)
+                left = {worker.name for worker in choose()} & there
+                failures += left == there  # each of the first workers may die once, those in their place may not
+                there = left
+                if failures == _TRIES:
+                    raise
+                log.warning("weights %d did not arrive and are sent again: %s", version, error)
 
     async def _some(self, choose: Callable[[], Sequence[Actor]]) -> Sequence[Actor]:
         clock, patience = asyncio.get_running_loop().time, self._settings.wait_seconds

@@ -230,6 +230,44 @@ def test_the_others_do_not_wait_for_a_transfer_that_one_of_them_has_spoilt() -> 
     synced_by(fleet, test)
 
 
+def test_workers_that_die_one_after_another_do_not_use_up_the_tries_of_the_others() -> None:
+    fleet = FakeFleet(count=5)
+
+    async def test(learner: FakeLearner) -> None:
+        def dies_in_try(number: int) -> Callable[..., Awaitable[Any]]:
+            async def receive(plan: WeightPlan) -> dict[str, int]:
+                if fleet.fakes[number].calls["receive_weights"] > number:
+                    fleet.fakes[number].kill()
+                    await never()
+                return await fleet.fakes[number].on_receive_weights(plan)
+
+            return receive
+
+        for number in range(4):
+            fleet.fakes[number].does["receive_weights"] = dies_in_try(number)
+        await learner.publish(fleet, 1)
+        assert learner.sync.num_failures == 4
+        await fleet.until(lambda: versions(fleet) == [1] * 5)
+        assert [fake.dead for fake in fleet.fakes[:5]] == [True] * 4 + [False]
+
+    synced_by(fleet, test)
+
+
+def test_a_fleet_in_which_every_new_worker_dies_of_the_weights_is_an_error_before_long() -> None:
+    async def dies(one: FakeWorker) -> None:
+        one.kill()
+        await never()
+
+    fleet = FakeFleet(lambda one: one.does.update(receive_weights=lambda *_: dies(one)), count=2)
+
+    async def test(learner: FakeLearner) -> None:
+        with pytest.raises(ActorError, match=r"died during receive_weights"):
+            await learner.publish(fleet, 1)
+        assert learner.sync.num_failures <= 2 + 3
+
+    synced_by(fleet, test)
+
+
 def test_what_was_not_proved_is_sent_again_and_after_three_times_nobody_serves() -> None:
     fleet = FakeFleet(count=2)
 
