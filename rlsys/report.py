@@ -37,7 +37,8 @@ def plot_curves(directory: RunDirectory) -> None:
     )
     axes[1, 0].set_yscale("log")
     draw(axes[1, 1], [("learner/entropy", "entropy"), ("learner/grad_norm", "gradient norm")], "policy")
-    phases = [name for name in ("rollout", "learn", "publish", "record", "eval") if f"seconds/{name}" in lines[-1]]
+    measured = {name for line in lines for name in line}
+    phases = [name for name in ("rollout", "learn", "publish", "record", "eval") if f"seconds/{name}" in measured]
     axes[1, 2].stackplot(steps, [[line.get(f"seconds/{p}", 0.0) for line in lines] for p in phases], labels=phases)
     axes[1, 2].set(title="seconds per step", xlabel="policy step")
     for axis in axes.flat:

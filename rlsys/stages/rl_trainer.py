@@ -64,6 +64,7 @@ class RlTrainer:
         self._saved_step = ledger.step
         self._is_learning = False
         """Whether the learner may be between two policy steps: then no checkpoint can be made of it."""
+        self._lesson: _Lesson | None = None
         self._told_drops = ledger.dropped.copy()
         self._collect_for(ledger.step + 1)
 
@@ -154,13 +155,13 @@ class RlTrainer:
 
     async def _publish(self, step: int) -> None:
         lesson = self._lesson
+        assert lesson is not None, "nothing was learned"
         if self._stage.update == "at_groups":
             lesson.seconds["drain"] = time.perf_counter() - lesson.learned_at
         published = await self._learners.publish(self._fleet, step)
         lesson.seconds |= {"publish": published["total"], "publish_pause": published["pause"]}
         recording = time.perf_counter()
-        groups = lesson.collection.groups
-        self._run.directory.write_rollouts(f"rl-step-{step:06d}", groups, advantages=lesson.means)
+        self._write_rollouts(step, lesson)
         if step % self._stage.checkpoint_every == 0 and step < self._stage.steps:
             await self._save()
         lesson.seconds["record"] = time.perf_counter() - recording
@@ -168,11 +169,25 @@ class RlTrainer:
             evaluating = time.perf_counter()
             await evaluate(self._run, self._fleet, self._held_out, stage="rl", step=step)
             lesson.seconds["eval"] = time.perf_counter() - evaluating
-        self._tell(step, lesson)
+        line = self._log(step, lesson)
+        self._progress.advance(
+            step,
+            reward=line["reward"],
+            accuracy=line["accuracy"],
+            tools=line["tool_rate"],
+            tokens=line["response_tokens"],
+            gap=line.get("learner/logprob_gap", 0.0),
+            seconds=line["seconds/step"],
+        )
 
     # --- what is said and kept ---------------------------------------------------------------------------------------
 
-    def _tell(self, step: int, lesson: _Lesson) -> None:
+    def _write_rollouts(self, step: int, lesson: _Lesson) -> None:
+        groups = lesson.collection.groups
+        self._run.directory.write_rollouts(f"rl-step-{step:06d}", groups, advantages=lesson.means)
+
+    def _log(self, step: int, lesson: _Lesson) -> Mapping[str, float]:
+        self._lesson = None
         total = time.perf_counter() - self._step_began
         self._step_began = time.perf_counter()
         drops, self._told_drops = self._ledger.dropped - self._told_drops, self._ledger.dropped.copy()
@@ -186,15 +201,7 @@ class RlTrainer:
             **_counts("ledger", self._ledger.counts()),
         }
         self._run.directory.log("rl", step, line)
-        self._progress.advance(
-            step,
-            reward=line["reward"],
-            accuracy=line["accuracy"],
-            tools=line["tool_rate"],
-            tokens=line["response_tokens"],
-            gap=line.get("learner/logprob_gap", 0.0),
-            seconds=total,
-        )
+        return line
 
     def _check_gap(self, step: int, gap: float) -> None:
         if gap > self._stage.max_logprob_gap:
@@ -214,14 +221,19 @@ class RlTrainer:
         await self._writer.save(self._ledger.step, state)
 
     async def save_before_the_end(self) -> None:
-        """After an error that the learner outlived: a checkpoint of what it has learned and nobody has saved yet.
+        """After an error that the learner outlived: what it has learned and nobody has recorded or saved yet.
 
-        There is none where the error came in the middle of a policy step. What fails here is told, not raised.
+        There is nothing where the error came in the middle of a policy step. What fails here is told, not raised.
         """
         step = self._ledger.step
-        if self._is_learning or step <= self._saved_step:
+        if self._is_learning:
             return
         try:
+            if self._lesson is not None:  # its weights were not published, or their evaluation failed
+                self._write_rollouts(step, self._lesson)
+                self._log(step, self._lesson)
+            if step <= self._saved_step:
+                return
             await self._save()
             await self._writer.finish()
             self._run.console.say(f"rl: step {step} is saved, before the run ends with an error")

@@ -235,7 +235,21 @@ def test_an_error_that_the_learner_outlives_leaves_a_checkpoint_of_what_it_learn
     assert saved in (5, 6)
     assert f"rl: step {saved} is saved, before the run ends with an error" in world.said
     assert world.calls["policys"] == 1
+    assert [line["step"] for line in lines(config)] == list(range(1, saved + 1))
+    assert len(list((Path(config.run_dir) / "rollouts").glob("rl-step-*"))) == saved
     assert in_order(run_stage(world, config, resume=True))
+    assert [line["step"] for line in lines(config)] == list(range(1, 9))
+
+
+def test_an_error_in_an_evaluation_on_the_way_leaves_the_line_of_its_step(world: World, tmp_path: Path) -> None:
+    world.before = at("evaluate", 6, FleetLostError("no rollout worker is left"))
+    config = configured(tmp_path, "rl.eval_every=2", "rl.checkpoint_every=3")
+    with pytest.raises(FleetLostError):
+        run_stage(world, config)
+    assert newest(config).step == 6
+    assert [line["step"] for line in lines(config)] == list(range(1, 7))
+    assert in_order(run_stage(world, config, resume=True))
+    assert [line["step"] for line in lines(config)] == list(range(1, 9))
 
 
 def test_an_error_in_the_last_evaluation_leaves_a_checkpoint_of_the_last_step(world: World, tmp_path: Path) -> None:
