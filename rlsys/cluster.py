@@ -58,6 +58,8 @@ def connect(config: ClusterConfig) -> None:
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     # Ray warns on stderr about things that no user of ours can act on.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # At Ray's 15 another busy program leaves actors on this machine so little that they miss their deadlines.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray refuses a variable that the job's own runtime environment sets too; what the job says goes.
     set_by_job = _job_environment()
     env_vars = {name: value for name, value in _CPU_ENVIRONMENT.items() if name not in set_by_job}

@@ -16,7 +16,6 @@ PLUGINS = str(Path(__file__).parent / "plugins")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PLUGINS, os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_worker_niceness", "0")  # at 15, Ray's own, another busy process starves actors
 sys.path.insert(0, PLUGINS)
 
 T = TypeVar("T")

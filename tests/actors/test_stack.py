@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from stack_plugins import words_problems
 
@@ -111,6 +112,13 @@ def test_what_nobody_waits_for_any_more_is_not_written_to_its_end(stack: Any) ->
         return float((await actor.call("pulse"))["tokens"] - pulse["tokens"])
 
     assert stack.run(begin_and_leave()) == 0
+
+
+def test_actors_on_this_machine_stand_back_behind_no_other_program(stack: Any) -> None:
+    assert stack.fleet.actors
+    own = psutil.Process()
+    actors = [process for process in own.children(recursive=True) if process.name().startswith("ray::")]
+    assert {process.nice() for process in actors} == {own.nice()}
 
 
 def test_a_policy_learns(stack: Any) -> None:
