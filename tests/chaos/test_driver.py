@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,20 @@ PLUGINS = Path(__file__).parents[1] / "plugins"
 ROOT = Path(__file__).parents[2]
 
 
+def to_its_end(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a process printed and how it ended, however that came."""
+    return subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+
+
 class Command:
     """`rlsys train` in a process and with a Ray cluster of its own."""
 
@@ -30,18 +45,9 @@ class Command:
         self.mark = f"rlsys-chaos-{folder}"
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """To its end, however that comes."""
+        """To its end, and to that of all that it started."""
         driver = [sys.executable, PLUGINS / "chaos_driver.py", self.folder / "faults"]
-        done = subprocess.run(
-            [*driver, "train", self.folder / "chaos.yaml", *arguments],
-            env={**os.environ, "RLSYS_TEST_RUN": self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-            cwd=ROOT,
-        )
+        done = to_its_end([*driver, "train", self.folder / "chaos.yaml", *arguments], RLSYS_TEST_RUN=self.mark)
         wait_for_end(self.left, seconds=60)
         return done
 
@@ -125,16 +131,7 @@ def run_on_nodes(folder: Path, model: str, what: str) -> tuple[str, Chaos]:
     faults = Faults(folder / "faults")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # names of sockets are short
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.chaos.on_nodes", folder, model, what],
-                env={**os.environ, "RAY_TMPDIR": short},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=300,
-                check=False,
-                cwd=ROOT,
-            )
+            done = to_its_end([sys.executable, "-m", "tests.chaos.on_nodes", folder, model, what], RAY_TMPDIR=short)
         finally:  # nothing else ends the nodes of a run that was given up
             for process in psutil.process_iter(["cmdline"]):
                 if any(short in part for part in process.info["cmdline"] or ()):
