@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from rlsys import cluster
 from rlsys.cluster import Actor, Demand
 from rlsys.config import Config, OptimizerConfig
-from rlsys.errors import ActorDiedError, ActorTimeoutError, LearnerLostError, TrainingStalledError
+from rlsys.errors import ActorDiedError, ActorTimeoutError, LearnerLostError, RlsysError, TrainingStalledError
 from rlsys.fleet import RolloutFleet, close_all
 from rlsys.packing import MicroBatch, shard, unpack
 from rlsys.plugins import resolve
@@ -25,6 +26,8 @@ from rlsys.weights import WeightPlan
 
 _SAVED_EVERY_SECONDS = 0.2
 """How often the ranks are asked whether a checkpoint is written."""
+_NEWS_SECONDS = 30.0
+"""So long after a rank raised it may turn out that another one had died: news of a node that is gone takes seconds."""
 
 
 def learner_demand(config: Config, *, what: str = "learner rank") -> Demand:
@@ -196,13 +199,34 @@ class LearnerGroup:
 async def _together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
     """What calls to all ranks give.
 
+    Where a rank dies in the middle of a collective the others raise, and that may be heard of before the death.
+
     Raises:
         LearnerLostError: a rank died or did not answer; the others, which wait for it, cannot go on.
+        RlsysError: a rank raised, and none died of it or before.
     """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    clock = asyncio.get_running_loop().time
+    failure: RlsysError | None = None
     try:
-        return list(await asyncio.gather(*calls))
-    except (ActorDiedError, ActorTimeoutError) as error:
-        raise LearnerLostError(f"the learner cannot go on: {error}") from error
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as patience:
+                for call in asyncio.as_completed(tasks):
+                    try:
+                        await call
+                    except (ActorDiedError, ActorTimeoutError) as error:
+                        raise LearnerLostError(f"the learner cannot go on: {error}") from error
+                    except RlsysError as error:
+                        if failure is None:
+                            failure = error
+                            patience.reschedule(clock() + _NEWS_SECONDS)
+        if failure is not None:
+            raise failure
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _merge(results: Iterable[Mapping[str, float]], num_tokens: int) -> dict[str, float]:

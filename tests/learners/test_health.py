@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from rlsys import learner_group
-from rlsys.errors import CheckpointError
-from rlsys.learner_group import LearnerGroup, _merge
+from rlsys.errors import (
+    ActorDiedError,
+    ActorError,
+    ActorTimeoutError,
+    CheckpointError,
+    LearnerLostError,
+    RlsysError,
+)
+from rlsys.learner_group import LearnerGroup, _merge, _together
 from rlsys.learners.health import (
     RATIO_EDGES,
     RATIO_SHARES,
@@ -203,3 +210,50 @@ def test_a_checkpoint_is_written_when_all_ranks_have_written(monkeypatch: pytest
     assert (quick.asks, slow.asks) == (-3, 0)
     with pytest.raises(CheckpointError, match="disk is full"):
         asyncio.run(group_of(Rank(asks=1), Rank(asks=2, failing="the disk is full")).saved())
+
+
+Outcome = tuple[float, BaseException | int | None]
+"""After how many seconds a rank answers, and what; None where it never does."""
+
+
+async def answer(seconds: float, what: BaseException | int | None) -> int | None:
+    await asyncio.sleep(seconds if what is not None else 3600)
+    if isinstance(what, BaseException):
+        raise what
+    return what
+
+
+def together(*outcomes: Outcome) -> list[int]:
+    async def main() -> list[int]:
+        try:
+            return await _together(answer(*outcome) for outcome in outcomes)
+        finally:
+            assert asyncio.all_tasks() == {asyncio.current_task()}, "nothing is left behind"
+
+    return asyncio.run(main())
+
+
+DIED, HANGS = ActorDiedError("learner rank 1 died"), ActorTimeoutError("learner rank 1 did not answer")
+CLOSED, FULL = ActorError("learner rank 0 raised: Connection closed by peer"), CheckpointError("the disk is full")
+
+
+def test_what_ranks_answer_is_in_the_order_of_the_ranks() -> None:
+    assert together((0.02, 7), (0.0, 8), (0.01, 9)) == [7, 8, 9]
+
+
+@pytest.mark.parametrize("lost", [DIED, HANGS])
+@pytest.mark.parametrize("after", [0.0, 0.05])
+def test_a_rank_that_is_lost_is_the_reason_also_where_the_others_fail_of_it_before_that_is_known(
+    lost: ActorError, after: float
+) -> None:
+    with pytest.raises(LearnerLostError, match="the learner cannot go on: learner rank 1 di"):
+        together((0.02, CLOSED), (after, lost), (0.0, None), (0.03, CLOSED))
+
+
+@pytest.mark.parametrize("failure", [CLOSED, FULL])
+def test_a_rank_that_raised_is_the_reason_where_all_live(monkeypatch: pytest.MonkeyPatch, failure: RlsysError) -> None:
+    with pytest.raises(type(failure), match=str(failure)):
+        together((0.0, failure), (0.01, CLOSED), (0.0, 1))
+    monkeypatch.setattr(learner_group, "_NEWS_SECONDS", 0.05)
+    with pytest.raises(type(failure), match=str(failure)):
+        together((0.0, failure), (0.01, CLOSED), (0.0, None))
