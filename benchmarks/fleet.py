@@ -134,7 +134,7 @@ class Stack:
                 config, str(model), optimizer=config.rl.optimizer, total_steps=10**6, loss=config.rl.loss
             ),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         await learners.publish(fleet, 0)
         return cls(config, fleet, learners)
 
@@ -312,7 +312,7 @@ async def events(options: Any, model: Path) -> dict[str, Any]:
     )
     found: list[Sample] = []
     try:
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         await learners.publish(fleet, 0)
         for number in range(options.rounds):
             found.append(await _one_death(fleet, number))

@@ -79,7 +79,7 @@ class Ours:
                 config, str(model), optimizer=config.rl.optimizer, total_steps=10**6, loss=config.rl.loss
             ),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         await learners.publish(fleet, 0)
         return cls(fleet, learners, config, stream)
 

@@ -193,7 +193,7 @@ class Case:
             RolloutFleet.start(config, str(model)),
             LearnerGroup.start(config, str(model), optimizer=config.rl.optimizer, total_steps=1, loss=config.rl.loss),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         demand = Demand(what="bare end", count=1 + engines)
         ends = cluster.place(BareEnd, demand, [{}] * demand.count, call_seconds=300)
         address = await ends[0].call("rendezvous")

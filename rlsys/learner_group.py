@@ -81,7 +81,7 @@ class LearnerGroup:
         ]
         ranks = cluster.place(learner_class, demand, arguments, call_seconds=config.cluster.call_seconds)
         seconds = config.learners.start_seconds
-        master = await ranks[0].call("rendezvous", seconds=seconds)
+        [master] = await _together([ranks[0].call("rendezvous", seconds=seconds)])
         keywords = {
             "master": master,
             "optimizer": optimizer,
@@ -91,7 +91,7 @@ class LearnerGroup:
             "network": network,
             "timeout": seconds,
         }
-        plans = await asyncio.gather(*(rank.call("start", seconds=seconds, **keywords) for rank in ranks))
+        plans = await _together(rank.call("start", seconds=seconds, **keywords) for rank in ranks)
         return cls(ranks, plans[0], config)
 
     async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:
@@ -134,11 +134,10 @@ class LearnerGroup:
         together = len(self._ranks) // len(shares)
         return [reference for reference in map(cluster.put, shares) for _ in range(together)]
 
-    async def open_weights(self, fleet: RolloutFleet) -> None:
-        """Let learner and workers meet; from now on a worker that joins gets the weights that were published last."""
+    def serve(self, fleet: RolloutFleet) -> None:
+        """From now on these workers hold this learner's weights: those that join get what was published last."""
         self._fleet, fleet.follows_learner = fleet, True
         self._sync = WeightSync(self._ranks, self.plan, fleet, self._config.actors)
-        await self._sync.meet(fleet.receivers)
         self._newcomers = asyncio.create_task(serve_newcomers(self._sync, fleet, self))
 
     async def publish(self, fleet: RolloutFleet, version: int) -> dict[str, float]:
@@ -151,7 +150,7 @@ class LearnerGroup:
             FleetLostError: there is no worker to give them to, and none came.
             LearnerLostError: a rank died or hangs.
         """
-        assert self._sync is not None, "open_weights comes first"
+        assert self._sync is not None, "serve comes first"
         async with self.at_rest:
             seconds = await self._sync.publish(lambda: fleet.receivers, version)
             self.is_ahead = False

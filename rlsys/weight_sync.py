@@ -159,7 +159,7 @@ class WeightSync:
 
     async def _transfer(self, workers: Sequence[Actor], version: int) -> Mapping[str, int]:
         if tuple(worker.name for worker in workers) != self._members:
-            await self.meet(workers)
+            await self._meet(workers)
         sent, received = await self._exchange(
             workers,
             [(rank, "send_weights", (), {}) for rank in self._ranks],
@@ -171,7 +171,7 @@ class WeightSync:
         verify(sent[0], sums, version=version)
         return dict(sent[0])
 
-    async def meet(self, workers: Sequence[Actor]) -> None:
+    async def _meet(self, workers: Sequence[Actor]) -> None:
         """Let the learner and these workers meet as a group, under a new epoch.
 
         Raises:

@@ -102,7 +102,7 @@ def stack(on_ray: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> I
                 config, model, optimizer=config.rl.optimizer, total_steps=100, loss=config.rl.loss, with_reference=False
             ),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         return fleet, learners
 
     fleet, learners = on_ray.run(start())

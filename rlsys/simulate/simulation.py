@@ -113,7 +113,7 @@ class _Simulation:
         self._learners = SimulatedLearners(self._model, self._config)
         try:
             await self._fleet.started()
-            await self._learners.open_weights(self._fleet)
+            self._learners.serve(self._fleet)
             await self._learners.publish(self._fleet, 0)
             self._begin()
             steps = self._stage.steps + 2 * self._lead  # towards its last steps a loop starts fewer groups

@@ -63,7 +63,7 @@ async def _start_all(run: Run, model: Path, stack: AsyncExitStack) -> tuple[Roll
             learner_task.cancel()
             await asyncio.gather(fleet_task, learner_task, return_exceptions=True)
             raise
-        await learners.policy.open_weights(fleet)
+        learners.policy.serve(fleet)
         await record_isolation(run, fleet)
     return fleet, learners
 

@@ -10,7 +10,7 @@ from rlsys import cluster
 from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Config
 from rlsys.curriculum import Curriculum
-from rlsys.errors import ActorDiedError, ActorTimeoutError, CheckpointError, LearnerLostError
+from rlsys.errors import CheckpointError, LearnerLostError
 from rlsys.fleet import RolloutFleet
 from rlsys.learner_group import LearnerGroup, learner_demand, with_critic_ranks
 from rlsys.ledger import Ledger
@@ -135,13 +135,13 @@ class Recovery:
         self._in_a_row = 0
 
     async def recover(self, error: LearnerLostError) -> None:
-        """Start the learners again, from the stage's model, and let them meet the rollout workers, which stay.
+        """Start the learners again, from the stage's model, for the rollout workers, which stay.
 
         Raises:
             LearnerLostError: for the fourth time in a row without a checkpoint in between.
             ResourceError: the cluster has no place for them any more.
         """
-        lost: Exception = error
+        lost = error
         while True:
             self._count(lost)
             self._run.console.say(f"rl: the learner is lost and will be started again: {lost}")
@@ -150,13 +150,13 @@ class Recovery:
             try:
                 await cluster.require(self._learners.demands, wait_seconds=self._run.config.cluster.wait_seconds)
                 await self._learners.start()
-                await self._learners.policy.open_weights(self._fleet)
+                self._learners.policy.serve(self._fleet)
                 self._fleet.note("learner", "was started again")
                 return
-            except (LearnerLostError, ActorDiedError, ActorTimeoutError) as another:
+            except LearnerLostError as another:
                 lost = another
 
-    def _count(self, lost: Exception) -> None:
+    def _count(self, lost: LearnerLostError) -> None:
         newest = max(self._store.steps, default=0)
         self._in_a_row = 1 if newest > self._newest_step else self._in_a_row + 1
         self._newest_step = newest

@@ -126,8 +126,8 @@ class Keeper:
         """What the weights that were kept are, when all is done."""
 
     async def begin(self, learners: LearnerGroup) -> None:
-        """Let these learners and the engines meet; find what an earlier attempt kept."""
-        await learners.open_weights(self._fleet)
+        """Give the engines these learners' weights from now on; find what an earlier attempt kept."""
+        learners.serve(self._fleet)
         kept = self._store.newest(tell=self._run.console.say)
         self._kept = {} if kept is None else dict(kept.state)
 

@@ -39,7 +39,7 @@ def live_world(on_ray: asyncio.Runner, model: str, tmp_path_factory: pytest.Temp
             RolloutFleet.start(config, model),
             LearnerGroup.start(config, model, optimizer=config.rl.optimizer, total_steps=100, loss=config.rl.loss),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         world = World(config=config, fleet=fleet, learners=learners, faults=faults, runner=on_ray)
         await world.publish()
         return world

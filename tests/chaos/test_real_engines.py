@@ -90,7 +90,7 @@ def live_real(on_ray: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) 
             RolloutFleet.start(config, model),
             LearnerGroup.start(config, model, optimizer=config.rl.optimizer, total_steps=9, loss=config.rl.loss),
         )
-        await learners.open_weights(fleet)
+        learners.serve(fleet)
         real = Real(config, fleet, learners, on_ray)
         await real.publish()
         await real.processes()

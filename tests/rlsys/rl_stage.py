@@ -147,8 +147,8 @@ class FakeLearners:
         if self.network == "policy":
             self.world.before(what, len(self.weights))
 
-    async def open_weights(self, fleet: FakeFleet) -> None:  # noqa: ARG002
-        self.world.calls["open_weights"] += 1
+    def serve(self, fleet: FakeFleet) -> None:  # noqa: ARG002
+        self.world.calls["served"] += 1
 
     async def publish(self, fleet: FakeFleet, version: int) -> dict[str, float]:
         assert version == len(self.weights)

@@ -131,7 +131,7 @@ def test_a_lost_learner_is_started_again_from_the_newest_checkpoint_and_the_engi
     assert in_order(trained), "the model that is left was trained on each problem once"
     assert len(trained) == 8
     assert (world.calls["fleets"], world.calls["policys"], world.calls["policys closed"]) == (1, 2, 2)
-    assert world.calls["open_weights"] == 2
+    assert world.calls["served"] == 2
     assert any(text.startswith("rl: the learner is lost") for text in world.said)
     assert [name for name, _ in world.noted] == ["learner", "learner"], "it is seen in the run's status"
     assert world.begun[-1] == restored, "what the engines got first from the new learner"

@@ -109,7 +109,7 @@ def test_an_experiment_can_measure_one_iteration(finished: Finished) -> None:
 def test_engines_live_through_all_iterations_and_each_has_learners_of_its_own(finished: Finished) -> None:
     calls = finished.world.calls
     assert (calls["fleets"], calls["fleets closed"]) == (1, 1)
-    assert (calls["learners"], calls["learners closed"], calls["open_weights"]) == (3, 3, 3)
+    assert (calls["learners"], calls["learners closed"], calls["served"]) == (3, 3, 3)
 
 
 def test_every_iteration_has_fresh_problems_and_validation_ones_are_never_learned_from(finished: Finished) -> None:

@@ -177,8 +177,8 @@ class FakeLearners:
     async def start(cls, config: Config, model: str, **_: Any) -> FakeLearners:  # noqa: ARG003
         return cls(model)
 
-    async def open_weights(self, fleet: FakeFleet) -> None:  # noqa: ARG002
-        self.world.calls["open_weights"] += 1
+    def serve(self, fleet: FakeFleet) -> None:  # noqa: ARG002
+        self.world.calls["served"] += 1
 
     async def publish(self, fleet: FakeFleet, version: int) -> dict[str, float]:  # noqa: ARG002
         self.world.skill = self.skill
