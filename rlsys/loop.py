@@ -168,7 +168,8 @@ class _Window:
         """Return when nothing is being generated; what still is when `stop` is set is cancelled."""
         while self._tasks and is_generating() and not stop.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._change(), _LOOK_SECONDS)
+                async with asyncio.timeout(_LOOK_SECONDS):  # `wait_for` may begin to listen a turn too late
+                    await self._change()
         if stop.is_set():
             await self.cancel()
 
