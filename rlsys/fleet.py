@@ -24,7 +24,7 @@ from rlsys.errors import ActorError, ActorTimeoutError, FleetLostError, RlsysErr
 from rlsys.plugins import resolve
 from rlsys.pool import ActorPool, pooled_plug_ins
 from rlsys.types import Problem, RolloutGroup
-from rlsys.worker_life import CLOSE_SECONDS, LOST, Bell, Place, WorkerLife
+from rlsys.worker_life import LOST, Bell, Place, WorkerLife
 from rlsys.workers import QueueFollower, Roster, WorkerState
 
 log = logging.getLogger(__name__)
@@ -238,14 +238,19 @@ class RolloutFleet:
                 self.dispatch.fail(FleetLostError(why))
             await self.bell.heard(self.settings.watch_seconds)
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether no worker is started any more until somebody scales, because one after another could not start."""
+        return self._failed_starts >= _MAX_FAILED_STARTS
+
     def _fill(self) -> None:
-        for _ in range(self.roster.missing if self._failed_starts < _MAX_FAILED_STARTS else 0):
+        for _ in range(0 if self.has_given_up else self.roster.missing):
             actor = self._place(self.roster.num_joined)
             self._lives[actor.name] = WorkerLife(self.roster.joined(actor.name), actor, self)
 
     def _why_lost(self, seconds: float) -> str | None:
         last = f"; what happened last: {self.events[-1][1]}: {self.events[-1][2]}" if self.events else ""
-        if self._failed_starts >= _MAX_FAILED_STARTS and not self.roster.staying:
+        if self.has_given_up and not self.roster.staying:
             return f"{self._failed_starts} rollout workers in a row could not start and none is left{last}"
         if seconds < self.settings.wait_seconds:
             return None
@@ -408,10 +413,3 @@ def _placed(config: Config, model_path: str, index: int) -> Actor:
         first_index=index,
         cancels=True,  # nobody waits for what an ended loop had begun, and an engine has other things to write
     )[0]
-
-
-async def close_all(actors: Sequence[Actor]) -> None:
-    """End actors, politely first."""
-    await asyncio.gather(*(actor.call("close", seconds=CLOSE_SECONDS) for actor in actors), return_exceptions=True)
-    for actor in actors:
-        actor.kill()

@@ -17,12 +17,13 @@ from rlsys import cluster
 from rlsys.cluster import Actor, Demand
 from rlsys.config import Config, OptimizerConfig
 from rlsys.errors import ActorDiedError, ActorTimeoutError, LearnerLostError, RlsysError, TrainingStalledError
-from rlsys.fleet import RolloutFleet, close_all
+from rlsys.fleet import RolloutFleet
 from rlsys.packing import MicroBatch, shard, unpack
 from rlsys.plugins import resolve
 from rlsys.types import NetworkKind, TrainBatch
 from rlsys.weight_sync import WeightSync, serve_newcomers
 from rlsys.weights import WeightPlan
+from rlsys.worker_life import CLOSE_SECONDS
 
 _SAVED_EVERY_SECONDS = 0.2
 """How often the ranks are asked whether a checkpoint is written."""
@@ -186,13 +187,16 @@ class LearnerGroup:
         return await _together(rank.call(method, *args) for rank in self._ranks)
 
     async def close(self) -> None:
-        """End all ranks; workers that join later get no weights."""
+        """End all ranks, politely first; workers that join later get no weights."""
         if self._newcomers is not None:
             self._newcomers.cancel()
             await asyncio.gather(self._newcomers, return_exceptions=True)
         if self._fleet is not None:
             self._fleet.follows_learner = False
-        await close_all(self._ranks)
+        closing = (rank.call("close", seconds=CLOSE_SECONDS) for rank in self._ranks)
+        await asyncio.gather(*closing, return_exceptions=True)
+        for rank in self._ranks:
+            rank.kill()
 
 
 async def _together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.3
-_LEFT_ALONE_SECONDS = 10.0
 """A fleet that lacks workers and starts none for so long has given up."""
 
 
@@ -231,7 +230,6 @@ class Scaling:
             return
         roster, actors = fleet.roster, self._config.actors
         deadline = time.monotonic() + actors.start_seconds + actors.sync_seconds + actors.drain_seconds
-        starting_at = time.monotonic()
         while len(roster.serving) != change.after or len(roster.workers) != change.after:
             there = ", ".join(f"{count} {state}" for state, count in roster.counts.items()) or "none"
             answer.write("accepted", f"{change.name} {change.before} -> {change.after}: {there}")
@@ -241,9 +239,7 @@ class Scaling:
                 )
             if roster.target != change.after:
                 raise ResourceError(f"a later request asked for {roster.target} rollout workers; there are {there}")
-            if not roster.missing or roster.in_state(WorkerState.STARTING):
-                starting_at = time.monotonic()
-            if time.monotonic() - starting_at > _LEFT_ALONE_SECONDS or time.monotonic() > deadline:
+            if (fleet.has_given_up and not roster.in_state(WorkerState.STARTING)) or time.monotonic() > deadline:
                 left = max(roster.minimum, min(len(roster.staying), change.after))
                 await fleet.resize(left)
                 last = ": ".join(fleet.events[-1][1:]) if fleet.events else "nothing"

@@ -58,7 +58,7 @@ class Setting:
     cpus: int = 8
     """Of the cluster; every actor takes one."""
     start_seconds: float = 0.2
-    """So long an engine takes to start."""
+    """So long an engine takes to start that is not among the first."""
     fail_from: int = 1000
     """The number of the first worker that cannot start."""
     stuck: int = 0
@@ -73,7 +73,7 @@ class FakeWorker:
 
     async def call(self, method: str, *_: Any, **__: Any) -> Any:
         if method == "start":
-            await asyncio.sleep(self.setting.start_seconds)
+            await asyncio.sleep(self.setting.start_seconds if self.index >= self.setting.count else 0.0)
             if self.index >= self.setting.fail_from:
                 raise ActorError(f"{self.name}.start raised OSError: no such engine")
             return "fake"
