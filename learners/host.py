@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import random
 import socket
+
+_PORTS = range(20_000, 32_000)
+"""Below those that kernels give to whoever asks for any port, above those of Ray's own workers."""
 
 
 def keep_freed_memory() -> None:
@@ -28,3 +33,13 @@ def own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
+
+
+def free_port() -> int:
+    """A port of this node that nobody listens on, and that nobody is given who does not ask for just this one."""
+    dice = random.SystemRandom()  # actors that were seeded alike must not try the same ports
+    for port in dice.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free on this node")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.learners import health, lora
-from rlsys.learners.host import keep_freed_memory, own_address
+from rlsys.learners.host import free_port, keep_freed_memory, own_address
 from rlsys.learners.kernels import use_kernels
 from rlsys.learners.model import PackedNetwork, Policy, Scorer, to_tensors
 from rlsys.learners.optimizers import learning_rate
@@ -134,10 +133,7 @@ class Learner(ABC):
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this rank's node, for the others to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return own_address(), port
+        return own_address(), free_port()
 
     def start(
         self,

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from rlsys.actors.engine import VllmEngine
 from rlsys.config import ActorsConfig
+from rlsys.learners.host import free_port
 from rlsys.learners.sender import SharedSender, open_sender
 from rlsys.scratch import ScratchModel, build_scratch_model
 from rlsys.shared_weights import SharedWriter
 from rlsys.types import Completion
 from rlsys.weights import GLOO_BACKEND, WeightGroup, WeightPlan, checksum
-from tests.rlsys.test_weights import free_port
 
 MODEL = ScratchModel(hidden_size=64, num_heads=2, num_kv_heads=1, intermediate_size=128, initializer_range=0.1)
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 16, "stop": [], "ignore_eos": True}

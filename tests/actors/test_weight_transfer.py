@@ -16,11 +16,11 @@ from torch import Tensor
 
 from rlsys.actors.receivers import GlooReceiver, SharedReceiver, WeightReceiver, open_receiver
 from rlsys.errors import WeightSyncError
+from rlsys.learners.host import free_port
 from rlsys.learners.sender import GlooSender, SharedSender, WeightSender, open_sender
 from rlsys.shared_weights import SharedWriter
 from rlsys.weights import GLOO_BACKEND, WeightGroup, broadcast, checksum, copy_and_checksum, join_gloo_group, verify
 from tests.rlsys.test_shared_weights import PLAN, tensors
-from tests.rlsys.test_weights import free_port
 
 CPU = torch.device("cpu")
 

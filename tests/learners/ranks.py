@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlsys.config import LearnersConfig, OptimizerConfig
+from rlsys.learners.host import free_port
 from rlsys.learners.learner import Learner
 from rlsys.losses import clipped_policy_gradient
 from rlsys.packing import shard
@@ -267,14 +267,17 @@ def plain(folder: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
 # --- several processes, once -----------------------------------------------------------------------------------------
 
 
+_GIVEN = set[int]()
+
+
 def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that no other call here was given: all are listened on later, one after another."""
+    found: list[int] = []
+    while len(found) < count:
+        if (port := free_port()) not in _GIVEN:
+            _GIVEN.add(port)
+            found.append(port)
+    return found
 
 
 def in_two_processes(file: str, folder: Path, *arguments: str, meanwhile: Callable[[], Json]) -> Json:
@@ -288,24 +291,24 @@ def in_processes(
 ) -> tuple[Json, list[Json]]:
     """What this process found, and what each of so many did that run this file as a program."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, file, str(folder), str(rank), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, file, str(folder), str(rank), *arguments]
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
         found = meanwhile()
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        deadline = time.monotonic() + 240
+        while None in (ends := [process.poll() for process in processes]) and not any(ends):
+            assert time.monotonic() < deadline, [log.read_text() for log in logs]
+            time.sleep(0.05)
+        for end, log in zip(ends, logs, strict=True):
+            assert not end, log.read_text()
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+            process.wait()
     return found, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(count)]
 
 

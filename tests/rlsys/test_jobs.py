@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from rlsys import cluster
 from rlsys.cli import app
 from rlsys.config import ClusterConfig
 from rlsys.errors import ConfigError, ResourceError
+from rlsys.learners.host import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-for-this-test-only-0123456789abcdef"
@@ -29,12 +29,6 @@ def no_cluster_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 # --- before anything is sent -----------------------------------------------------------------------------------------

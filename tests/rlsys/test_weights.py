@@ -1,6 +1,5 @@
 """Weight transfer: a checksum that sees every change, a comparison that names what differs, a group that delivers."""
 
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlsys.errors import WeightSyncError
+from rlsys.learners.host import free_port
 from rlsys.weights import WeightGroup, broadcast, checksum, copy_and_checksum, join_gloo_group, table_checksum, verify
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -180,12 +180,6 @@ def test_a_tensor_that_did_not_arrive_is_named() -> None:
 def test_a_tensor_that_was_not_sent_is_named() -> None:
     with pytest.raises(WeightSyncError, match="rollout actor 0 received c, which the learner did not send"):
         verify({"a": 1}, {"rollout actor 0": {"a": 1, "c": 5}}, version=3)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_group_of_one_sender_and_two_receivers_delivers_every_byte() -> None:
