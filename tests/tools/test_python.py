@@ -84,6 +84,11 @@ def test_variables_live_from_call_to_call_and_a_last_expression_is_shown() -> No
     assert all(result.ok and result.seconds > 0 for result in results)
 
 
+def test_a_value_is_shown_whatever_became_of_the_standard_stream_meanwhile() -> None:
+    [result] = run("import os\nprint(1)\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nprint(2)\n6 * 7")
+    assert (result.ok, result.text) == (True, "1\n42")
+
+
 def test_definitions_classes_and_modules_behave_as_in_a_script() -> None:
     cell = "import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: int\npickle.loads(pickle.dumps(A(3)))"
     assert texts(run(cell, "__name__")) == ["A(x=3)", "'__main__'"]
