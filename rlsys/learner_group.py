@@ -82,9 +82,7 @@ class LearnerGroup:
         ]
         ranks = cluster.place(learner_class, demand, arguments, call_seconds=config.cluster.call_seconds)
         seconds = config.learners.start_seconds
-        [master] = await _together([ranks[0].call("rendezvous", seconds=seconds)])
         keywords = {
-            "master": master,
             "optimizer": optimizer,
             "total_steps": total_steps,
             "loss": resolve(loss, place="loss") if isinstance(loss, str) else loss,
@@ -92,7 +90,13 @@ class LearnerGroup:
             "network": network,
             "timeout": seconds,
         }
-        plans = await _together(rank.call("start", seconds=seconds, **keywords) for rank in ranks)
+        try:
+            [master] = await _together([ranks[0].call("rendezvous", seconds=seconds)])
+            plans = await _together(rank.call("start", seconds=seconds, master=master, **keywords) for rank in ranks)
+        except BaseException:
+            for rank in ranks:  # else they keep their places for as long as anybody holds the error
+                rank.kill()
+            raise
         return cls(ranks, plans[0], config)
 
     async def step(self, batch: TrainBatch, *, temperature: float, **loss_options: Any) -> dict[str, float]:

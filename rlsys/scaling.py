@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.3
-"""A fleet that lacks workers and starts none for so long has given up."""
+"""How often the driver looks for requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from rlsys.worker_life import LOST
 log = logging.getLogger(__name__)
 
 _TRIES = 3
-"""So often may weights not arrive."""
+"""So often may weights not arrive, of a publication or at a newcomer, before that is an error."""
 _Call = tuple[Actor, str, tuple[Any, ...], dict[str, Any]]
 _GRACE_SECONDS = 15.0
 """So much later than the transfer itself gives up, it is given up from outside."""

@@ -22,7 +22,7 @@ CONTROL, OUTPUT, NOTHING = 100, 101, 102  # where the session's descriptors are
 READY = b"ready"
 RUN, FORK = b"R", b"F"
 HEADER = 21  # bytes
-_repr = repr  # as it was: a cell may have replaced the name
+_repr, _write = repr, os.write  # as they were: a cell may have replaced the names
 
 
 class Interpreter:
@@ -142,7 +142,7 @@ class Interpreter:
                 shown = memoryview(f"{_repr(value)}\n".encode("utf-8", "backslashreplace"))
                 sys.stdout.flush()
                 while shown:  # past the standard stream, which a thread of the cell may point elsewhere just now
-                    shown = shown[os.write(OUTPUT, shown) :]
+                    shown = shown[_write(OUTPUT, shown) :]
 
     def show_error(self, error: BaseException) -> bool:
         """Print the traceback, the cells' own frames only; True where it is a plain `exit()`."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlsys import learner_group
+from rlsys.config import LearnersConfig, OptimizerConfig
 from rlsys.errors import (
     ActorDiedError,
     ActorError,
@@ -257,3 +258,26 @@ def test_a_rank_that_raised_is_the_reason_where_all_live(monkeypatch: pytest.Mon
     monkeypatch.setattr(learner_group, "_NEWS_SECONDS", 0.05)
     with pytest.raises(type(failure), match=str(failure)):
         together((0.0, failure), (0.01, CLOSED), (0.0, None))
+
+
+def test_ranks_of_which_one_dies_as_they_start_are_all_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starting:
+        def __init__(self, failure: ActorError | None) -> None:
+            self.failure, self.killed = failure, False
+
+        async def call(self, method: str, **_: Any) -> Any:
+            if method == "start":
+                await answer(0.01, self.failure)
+            return ("127.0.0.1", 20_000)
+
+        def kill(self) -> None:
+            self.killed = True
+
+    ranks = [Starting(CLOSED), Starting(DIED), Starting(None)]
+    monkeypatch.setattr(learner_group.cluster, "place", lambda *_, **__: ranks)
+    config: Any = SimpleNamespace(learners=LearnersConfig(count=3), cluster=SimpleNamespace(call_seconds=1.0))
+    with pytest.raises(LearnerLostError, match="learner rank 1 died"):
+        asyncio.run(
+            LearnerGroup.start(config, "nowhere", optimizer=OptimizerConfig(), total_steps=1, loss=lambda _: None)
+        )
+    assert [rank.killed for rank in ranks] == [True] * 3
